@@ -1,0 +1,138 @@
+"""Files that outlive a process: written whole or not at all, read without running code in them.
+
+`*_best.pth` rebuilds a model for inference; `last.pth` holds a training's whole state.
+"""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+VERSION = 1
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> Any: ...
+
+
+def save(path: str | Path, content: dict) -> None:
+    """Write plain types and tensors to a temporary file beside `path`, flush it, rename it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path: str | Path, kind: str) -> dict:
+    """Read what `save` wrote; raise ValueError if it is missing, damaged or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a {kind} checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({path.stat().st_size} bytes; truncated, "
+            f"damaged, or not written by FibLDM): {reason}"
+        ) from error
+    if not isinstance(content, dict) or "kind" not in content:
+        raise ValueError(f"{path}: not a FibLDM checkpoint (it has no 'kind')")
+    if content["kind"] != kind:
+        raise ValueError(f"{path}: expected a {kind} checkpoint, found kind {content['kind']!r}")
+    if content["version"] > VERSION:
+        raise ValueError(
+            f"{path}: written by a newer FibLDM (format {content['version']}, this one reads "
+            f"up to {VERSION})"
+        )
+    return content
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_model(path: str | Path, model: nn.Module, lineage: dict[str, str], **facts: Any) -> None:
+    """Write a model for inference: its kind, constructor config, weights, lineage and facts.
+
+    `lineage` maps each file that the model came from to its hash; `facts` are what inference
+    needs besides weights (HU window, split, class names).
+    """
+    content = {"version": VERSION, "kind": model.kind, "config": model.config, "lineage": lineage}
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    save(path, {**content, **facts, "state": state})
+
+
+def load_model(path: str | Path, model_class: type[Model], *parts: Any) -> tuple[Model, dict]:
+    """Rebuild what `save_model` wrote, frozen and in eval mode; also return the file's content.
+
+    `parts` are positional constructor arguments that are no plain values (a ControlNet's U-Net).
+    """
+    content = load(path, model_class.kind)
+    try:
+        model = model_class(*parts, **content["config"])
+        model.load_state_dict(content["state"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: its weights do not fit a {model_class.__name__} built from its config "
+            f"{content['config']}; it comes from another version: {error}"
+        ) from error
+    return model.requires_grad_(False).eval(), content
+
+
+def require_equal(what: str, found: object, expected: object, remedy: str) -> None:
+    """Raise ValueError naming both values where they differ."""
+    if found != expected:
+        raise ValueError(f"{what}: found {found}, expected {expected}; {remedy}")
+
+
+def save_training(
+    path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict, **progress: Any
+) -> None:
+    """Write a training's whole state: each part's state_dict, lineage, and plain progress values."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"version": VERSION, "kind": kind, "lineage": lineage, "states": states}
+    save(path, {**content, **progress})
+
+
+def load_training(path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict) -> dict:
+    """Restore each part from what `save_training` wrote; return the file's content."""
+    content = load(path, kind)
+    for name, value in lineage.items():
+        require_equal(
+            f"{path}: the SHA-256 of its {name}",
+            content["lineage"].get(name),
+            value,
+            "the input changed since this run began; train into another --save_dir",
+        )
+    require_equal(f"{path}: its parts", sorted(content["states"]), sorted(parts), "other options")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(content["states"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path}: its {name} does not fit the one that these options build: {error}"
+            ) from error
+    return content

@@ -1,0 +1,76 @@
+"""The ControlNet: steers a trained, frozen U-Net by a contour at full resolution.
+
+Zhang, Rao & Agrawala 2023, "Adding Conditional Control to Text-to-Image Diffusion Models".
+"""
+
+import copy
+
+from torch import Tensor, nn
+
+from fibldm.layers import zero_init
+from fibldm.unet import UNet
+
+
+class HintEncoder(nn.Sequential):
+    """Contour (N, K, H, W) -> (N, out_channels, h, w): the pixels of a latent's cell as channels.
+
+    A binary map has no texture to learn filters for; the unshuffle keeps its every pixel.
+    """
+
+    def __init__(self, contour_channels: int, factor: int, out_channels: int) -> None:
+        super().__init__(
+            nn.PixelUnshuffle(factor),
+            nn.Conv2d(contour_channels * factor * factor, out_channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(out_channels, out_channels, 1)),
+        )
+
+
+class ControlNet(nn.Module):
+    """A trainable copy of a U-Net's encoder; its features pass zero convolutions.
+
+    At the start all its outputs are 0, so the steered U-Net equals the plain one to the bit.
+    """
+
+    kind = "controlnet"
+
+    def __init__(self, unet: UNet, image_size: int = 256) -> None:
+        super().__init__()
+        self.config = {"image_size": image_size}
+        latent_size, channels = unet.config["latent_size"], unet.config["channels"]
+        if image_size % latent_size:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of latent size {latent_size}"
+            )
+        self.encoder = copy.deepcopy(unet.encoder).requires_grad_(True)
+        factor = image_size // latent_size
+        self.hint = HintEncoder(unet.config["contour_channels"], factor, channels[0])
+        self.zero_convs = nn.ModuleList(
+            zero_init(nn.Conv2d(width, width, 1)) for width in self.encoder.widths
+        )
+
+    def embed(self, contour: Tensor) -> Tensor:
+        """Contour (N, K, H, W), 0 or 1 -> hint features (N, channels[0], h, w).
+
+        They do not depend on the timestep: a sampler computes them once.
+        """
+        return self.hint(contour.float())
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        full_contour: Tensor,
+        contour: Tensor | None = None,
+        label: Tensor | None = None,
+        embedded: bool = False,
+    ) -> list[Tensor]:
+        """As UNet.forward, and full_contour (N, K, H, W) -> `control`, a list for UNet.forward.
+
+        With `embedded`, full_contour is what `embed` made of it.
+        """
+        hint = full_contour if embedded else self.embed(full_contour)
+        features, _ = self.encoder(x, t, contour, label, hint)
+        return [conv(f) for conv, f in zip(self.zero_convs, features, strict=True)]

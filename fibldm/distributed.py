@@ -1,0 +1,119 @@
+"""One process or many: the same calls with and without torchrun (NCCL on GPUs, gloo on CPUs)."""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def setup(device: str = "auto") -> torch.device:
+    """Join the process group that torchrun announces, if any; return this rank's device.
+
+    `device` is "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:N" without torchrun.
+    Raises ValueError when a GPU is asked for and absent.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    if device.startswith("cuda"):
+        index = int(device.removeprefix("cuda:")) if ":" in device else local_rank
+        if index >= available:
+            raise ValueError(
+                f"--device {device}: GPU {index} is asked for, {available} are visible to PyTorch; "
+                "use --device cpu, start fewer processes, or check nvidia-smi and the driver"
+            )
+        torch.cuda.set_device(index)
+        device = f"cuda:{index}"
+    elif device != "cpu":
+        raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if "RANK" in os.environ and not dist.is_initialized():
+        gpu = device.startswith("cuda")
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            timeout=timedelta(minutes=30),
+            device_id=torch.device(device) if gpu else None,
+        )
+    return torch.device(device)
+
+
+def cleanup() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean(value: Tensor) -> Tensor:
+    """Mean of a tensor over all ranks, which must have the same shape on each."""
+    return sum_over_ranks(value) / world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on at least one rank; all ranks get the same answer."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def gather(value: object) -> list:
+    """One picklable value of each rank, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(count: int) -> range:
+    """This rank's consecutive part of `count` items: the parts differ by at most one."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module to call in training: itself, or in DistributedDataParallel under torchrun.
+
+    Keep the unwrapped module too: it holds the state, is saved, and is what inference calls.
+    """
+    if world_size() == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+
+def sync_gradients(module: nn.Module, sync: bool) -> contextlib.AbstractContextManager:
+    """Context of a backward pass; gradients are averaged over ranks only where `sync` is true.
+
+    With gradient accumulation, `sync` is true for the last micro-batch of a step.
+    """
+    if sync or not isinstance(module, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()

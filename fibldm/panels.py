@@ -1,0 +1,73 @@
+"""Pictures of slices side by side: grids of samples, panels of reconstructions."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from skimage.segmentation import find_boundaries
+
+from fibldm.ct import write_atomically
+
+OUTLINE = (255, 190, 0)
+MIN_CELL = 128  # pixels: smaller slices are enlarged by a whole factor
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    """(N, H, W) in [-1, 1] -> RGB uint8 (N, H, W, 3)."""
+    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, axis=-1)
+
+
+def overlay(images: np.ndarray, contours: np.ndarray) -> np.ndarray:
+    """Slices (N, H, W) in [-1, 1] with the borders of contours (N, K, H, W) drawn on, as RGB."""
+    rgb = grey(images)
+    for picture, contour in zip(rgb, contours, strict=True):
+        for channel in contour:
+            picture[find_boundaries(channel > 0, mode="inner")] = OUTLINE
+    return rgb
+
+
+def write_panel(path: Path, columns: dict[str, np.ndarray], per_line: int = 4) -> None:
+    """Write a PNG: for each of N items its cells side by side, `per_line` items a line.
+
+    `columns` maps a title to RGB uint8 (N, H, W, 3), all of one shape.
+    """
+    titles, arrays = list(columns), list(columns.values())
+    count, height, width = arrays[0].shape[:3]
+    factor = -(-MIN_CELL // height)
+    height, width = factor * height, factor * width
+    per_line = min(per_line, count)
+    lines, gap, header = -(-count // per_line), 8, 24
+    item = width * len(arrays) + gap
+    canvas = Image.new("RGB", (per_line * item - gap, header + lines * (height + gap) - gap))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    for i in range(per_line):
+        for j, title in enumerate(titles):
+            draw.text((i * item + j * width + 4, 3), title, font=font, fill=(255, 255, 255))
+    for i in range(count):
+        top, left = header + (i // per_line) * (height + gap), (i % per_line) * item
+        for j, array in enumerate(arrays):
+            cell = Image.fromarray(array[i]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(cell, (left + j * width, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, canvas.save)
+
+
+def write_samples(path: Path, images: np.ndarray, contours: np.ndarray | None) -> None:
+    """The grid of samples (N, H, W) in [-1, 1]: contour, sample, overlay; or samples alone."""
+    if contours is None:
+        write_panel(path, {"sample": grey(images)}, per_line=8)
+        return
+    drawn = grey(2.0 * contours.max(axis=1) - 1)
+    columns = {"contour": drawn, "sample": grey(images), "overlay": overlay(images, contours)}
+    write_panel(path, columns, per_line=4)
+
+
+def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
+    """The VAE's panel of slices (N, H, W) in [-1, 1]: input, reconstruction, 4 x the difference."""
+    columns = {
+        "input": grey(inputs),
+        "reconstruction": grey(outputs),
+        "4 x difference": grey(4 * (outputs - inputs)),
+    }
+    write_panel(path, columns, per_line=2)

@@ -1,0 +1,158 @@
+"""The VAE: a 2D slice to a small latent and back (Kingma & Welling 2013; Rombach et al. 2022).
+
+Pixels are moved into channels first (pixel-unshuffle), since work at full resolution is what
+costs; 256x256 becomes (8, 16, 16) at the defaults.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fibldm.layers import Downsample, ResBlock, SelfAttention, Upsample, group_norm
+
+LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
+LOGVAR_RANGE = (-12.0, 10.0)
+
+
+class DiagonalGaussian(NamedTuple):
+    """Posterior q(z | x): mean and log-variance, each (N, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z = mean + std * noise, noise standard normal and of the same shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, 1)) in nats a slice, mean over the batch; fp32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        elements = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+        return elements.sum(dim=(1, 2, 3)).mean()
+
+
+class Encoder(nn.Sequential):
+    """(N, 1, H, W) -> moments (N, 2C, h, w)."""
+
+    def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(patch * patch, widths[0], 3, padding=1),
+        ]
+        for i, width in enumerate(widths):
+            layers += [ResBlock(width, width) for _ in range(blocks)]
+            if i + 1 < len(widths):
+                layers.append(Downsample(width, widths[i + 1]))
+        layers += [
+            SelfAttention(widths[-1]),
+            ResBlock(widths[-1], widths[-1]),
+            group_norm(widths[-1]),
+            nn.SiLU(),
+            nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1),
+        ]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """(N, C, h, w) -> (N, 1, H, W). A last convolution at full resolution hides patch borders."""
+
+    def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv2d(latent_dim, widths[-1], 3, padding=1),
+            ResBlock(widths[-1], widths[-1]),
+            SelfAttention(widths[-1]),
+        ]
+        for i, width in reversed(list(enumerate(widths))):
+            layers += [ResBlock(width, width) for _ in range(blocks)]
+            if i > 0:
+                layers.append(Upsample(width, widths[i - 1]))
+        layers += [
+            group_norm(widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], 8 * patch * patch, 3, padding=1),
+            nn.PixelShuffle(patch),
+            nn.Conv2d(8, 1, 3, padding=1),
+        ]
+        super().__init__(*layers)
+
+
+class VAE(nn.Module):
+    """Slices (N, 1, H, W) in [-1, 1] <-> latents (N, C, h, w).
+
+    `encode` and `decode` apply the buffers `latent_shift` and `latent_gain`, which `calibrate`
+    sets at the end of training so that `mean * LATENT_SCALE` has mean 0 and variance 1 in each
+    channel. Until then they are the identity.
+    """
+
+    kind = "vae"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        latent_size: int = 16,
+        latent_dim: int = 8,
+        base_channels: int = 96,
+        blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "image_size": image_size,
+            "latent_size": latent_size,
+            "latent_dim": latent_dim,
+            "base_channels": base_channels,
+            "blocks": blocks,
+        }
+        if latent_size < 1 or image_size % latent_size:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of latent size {latent_size}"
+            )
+
+        # The factor splits into a patch, 4x4 where that divides, and halvings in the network.
+        patch, widths = image_size // latent_size, [base_channels]
+        while patch > 4 and patch % 2 == 0:
+            patch //= 2
+            widths.append(min(2 * widths[-1], 4 * base_channels))
+        self.encoder = Encoder(patch, widths, blocks, latent_dim)
+        self.decoder = Decoder(patch, widths, blocks, latent_dim)
+        self.register_buffer("latent_shift", torch.zeros(1, latent_dim, 1, 1))
+        self.register_buffer("latent_gain", torch.ones(1, latent_dim, 1, 1))
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Slices (N, 1, H, W) in [-1, 1] -> posterior over (N, C, h, w), calibrated, fp32."""
+        size = self.config["image_size"]
+        if x.shape[1:] != (1, size, size):
+            raise ValueError(f"expected slices (N, 1, {size}, {size}), found {tuple(x.shape)}")
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        logvar = logvar.clamp(*LOGVAR_RANGE)
+        return DiagonalGaussian(
+            (mean - self.latent_shift) * self.latent_gain,
+            logvar + 2 * self.latent_gain.log(),
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z = latent / LATENT_SCALE (N, C, h, w) -> slices (N, 1, H, W), about [-1, 1], fp32."""
+        return self.decoder(z / self.latent_gain + self.latent_shift).float()
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """Slices (N, 1, H, W) and noise (N, C, h, w) -> reconstruction and posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(noise)), posterior
+
+    @torch.no_grad()
+    def calibrate(self, mean: Tensor, std: Tensor) -> None:
+        """Make latents standard, given mean and SD (C,) of `encode(x).mean` as it is now."""
+        if not (torch.isfinite(mean).all() and (std > 1e-6).all()):
+            raise ValueError(
+                f"collapsed latent channels: mean {mean.tolist()}, standard deviation "
+                f"{std.tolist()}; train longer, or lower --kl_weight"
+            )
+        mean, std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        self.latent_shift += mean / self.latent_gain
+        self.latent_gain /= std * LATENT_SCALE
+
+
+def reconstruct(vae: VAE, x: Tensor) -> Tensor:
+    """Slices (N, 1, H, W) through the posterior's mean and back, clipped to [-1, 1]."""
+    return F.hardtanh(vae.decode(vae.encode(x).mean))

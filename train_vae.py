@@ -1,0 +1,263 @@
+"""Train the VAE on the slices of label.csv, into vae_best.pth, with its latents made standard."""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fibldm import checkpoint, distributed
+from fibldm.ct import DEFAULT_WINDOW
+from fibldm.datasets import CTDataset, Split, chunks, load_batches, read_table
+from fibldm.ema import EMA
+from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, gradient_loss
+from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
+from fibldm.panels import write_reconstructions
+from fibldm.training import (
+    Batches,
+    Precision,
+    Run,
+    add_machine_options,
+    add_training_options,
+    fraction,
+    item_noise,
+    make_parser,
+    optimizer_step,
+    run_script,
+)
+from fibldm.vae import VAE, reconstruct
+
+PANEL = 8  # slices in the picture
+BATCH = 16  # slices at a time where nothing is trained
+MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__,
+        "  python train_vae.py --csv_file ./data/label.csv --img_dir ./data/ "
+        "--save_dir ./vae_run_1\n  torchrun --nproc_per_node 4 train_vae.py --batch_size 64",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--csv_file", default="./data/label.csv", help="table of image, contour, ...")
+    data.add_argument("--img_dir", default="./data/", help="folder its paths are relative to")
+    data.add_argument(
+        "--save_dir", default="./vae_run_1", help="the run's folder; resumed if begun"
+    )
+    data.add_argument(
+        "--window", type=float, nargs=2, default=DEFAULT_WINDOW, metavar=("LOW", "HIGH"),
+        help="HU that become -1 and 1",
+    )  # fmt: skip
+    data.add_argument("--val_fraction", type=fraction, default=0.1, help="of patients")
+    data.add_argument("--test_fraction", type=fraction, default=0.1, help="of patients")
+    data.add_argument("--split_seed", type=int, default=0, help="of the split by patient")
+    model = parser.add_argument_group("model")
+    model.add_argument("--image_size", type=int, default=256, help="slices are resized to it")
+    model.add_argument("--latent_size", type=int, default=16, help="must divide --image_size")
+    model.add_argument("--latent_dim", type=int, default=8, help="channels of the latent")
+    model.add_argument("--base_channels", type=int, default=96, help="width at the first level")
+    model.add_argument("--blocks", type=int, default=2, help="residual blocks a level")
+    losses = parser.add_argument_group("losses")
+    losses.add_argument(
+        "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
+    )
+    losses.add_argument(
+        "--perceptual", choices=("auto", "lpips", "gradient", "none"), default="auto",
+        help="auto: LPIPS where its weights are, else the gradient loss, which needs none",
+    )  # fmt: skip
+    losses.add_argument("--perceptual_weight", type=float, default=0.1, help="beside L1")
+    losses.add_argument("--disc_weight", type=float, default=0.1, help="0: no discriminator")
+    losses.add_argument("--disc_start", type=int, default=5000, help="step it sets in after")
+    add_training_options(
+        parser, steps=20_000, batch_size=16, lr=2e-4, warmup_steps=200, ema_decay=0.999,
+        save_interval=500, val_interval=1000,
+    )  # fmt: skip
+    add_machine_options(parser)
+    args = parser.parse_args(argv)
+    if args.latent_size < 1 or args.image_size % args.latent_size:
+        parser.error(
+            f"--image_size {args.image_size} is not a multiple of --latent_size {args.latent_size}"
+        )
+    if args.window[0] >= args.window[1]:
+        parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
+    args.window = list(args.window)
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    # Setup.
+    device = distributed.setup(args.device)
+    precision = Precision(args.precision, device)
+    run = Run(args, device)
+    split = Split(args.split_seed, args.val_fraction, args.test_fraction)
+    rows, notes = read_table(args.csv_file, args.img_dir, split)
+    folder = Path(args.csv_file).parent
+    data = CTDataset(rows, args.img_dir, folder, args.image_size, tuple(args.window))
+    train_rows, val_rows = data.indices("train"), data.indices("val")
+    for note in notes + data.notes():
+        run.say(note)
+    data.check()
+
+    # Model.
+    torch.manual_seed(args.seed)
+    vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
+    vae.to(device)
+    ema = EMA(vae, args.ema_decay)
+    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    scaler = precision.scaler()
+    parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    if args.disc_weight > 0:
+        discriminator = PatchDiscriminator().to(device)
+        disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9))
+        parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
+    lpips = load_lpips(device)
+    perceptual = choose_perceptual(args.perceptual, lpips, run)
+    progress = run.resume("train_vae", parts, {"label_csv": checkpoint.file_hash(args.csv_file)})
+    if args.compile:
+        vae.compile()
+    model = distributed.wrap(vae, device)
+    critic = distributed.wrap(discriminator, device) if args.disc_weight > 0 else None
+
+    # Data.
+    batches = Batches(train_rows, args, progress["step"])
+    loader = iter(load_batches(data, batches, args.num_workers))
+    latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
+    run.say(
+        f"{len(train_rows)} slices to train on, {len(val_rows)} held out for validation; "
+        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters; {device}, "
+        f"{precision.name}, {distributed.world_size()} process(es)"
+    )
+
+    def reconstruction_loss(recon: Tensor, x: Tensor) -> Tensor:
+        loss = (recon - x).abs().mean(dim=(1, 2, 3))
+        return loss if perceptual is None else loss + args.perceptual_weight * perceptual(recon, x)
+
+    def validate_and_keep_best(step: int) -> None:
+        values = validate(ema.model, data, val_rows, reconstruction_loss, lpips, run, step)
+        if values["loss"] < progress["best"]:
+            progress["best"] = values["loss"]
+            best = copy.deepcopy(ema.model)
+            best.calibrate(*measure_latents(best, data, train_rows, args, device))
+            if distributed.is_main():
+                facts = {"window": args.window, "split": asdict(split), "step": step}
+                checkpoint.save_model(run.folder / "vae_best.pth", best, run.lineage, **facts)
+        run.end_validation(step)
+
+    # Train.
+    if run.validation_pending():
+        validate_and_keep_best(progress["step"])
+    for step in run.steps():
+        adversarial = critic is not None and step > args.disc_start
+        for part in range(args.grad_accum):
+            x = next(loader)["image"].to(device, non_blocking=True)
+            noise = item_noise(args.seed, "vae", step, batches.positions(part), latent_shape)
+            sync = part + 1 == args.grad_accum
+
+            # The autoencoder.
+            with distributed.sync_gradients(model, sync):
+                with precision.autocast():
+                    recon, posterior = model(x, noise.to(device))
+                    rec, kl = reconstruction_loss(recon, x).mean(), posterior.kl()
+                    loss = rec + args.kl_weight * kl
+                    if adversarial:
+                        discriminator.requires_grad_(False)
+                        fool = -discriminator(recon).float().mean()
+                        weight = adaptive_weight(
+                            scaler.scale(rec), scaler.scale(fool), vae.decoder[-1].weight
+                        )
+                        loss = loss + args.disc_weight * weight * fool
+                        discriminator.requires_grad_(True)
+                scaler.scale(loss / args.grad_accum).backward()
+            run.average(loss=loss, reconstruction=rec, kl=kl)
+
+            # The discriminator.
+            if adversarial:
+                with distributed.sync_gradients(critic, sync):
+                    with precision.autocast():
+                        real, fake = critic(torch.cat([x, recon.detach()])).chunk(2)
+                    disc_loss = discriminator_loss(real, fake)
+                    scaler.scale(disc_loss / args.grad_accum).backward()
+                run.average(disc_loss=disc_loss, disc_weight=weight)
+
+        # Step.
+        grad_norm = optimizer_step(optimizer, scaler, step, args)
+        if adversarial:
+            optimizer_step(disc_optimizer, scaler, step, args)
+        scaler.update()
+        ema.update(vae)
+        run.average(grad_norm=grad_norm)
+
+        # Log and save, reconstruct and validate.
+        if run.end_step(step):
+            validate_and_keep_best(step)
+    run.say(f"{run.folder / 'vae_best.pth'}: validation loss {progress['best']:.4f}")
+    run.close()
+
+
+def choose_perceptual(
+    name: str, lpips: nn.Module | None, run: Run
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The loss beside L1, (N, 1, H, W) twice -> (N,); says which one "auto" is."""
+    if lpips is None and name in ("auto", "lpips"):
+        message = missing_weights(["lpips"])["lpips"]
+        if name == "lpips":
+            raise ValueError(f"--perceptual lpips: {message}")
+        run.say(f"--perceptual auto is the gradient loss. {message}")
+    if name == "none":
+        return None
+    return lpips if lpips is not None and name != "gradient" else gradient_loss
+
+
+@torch.no_grad()
+def validate(
+    vae: VAE,
+    data: CTDataset,
+    rows: list[int],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    lpips: nn.Module | None,
+    run: Run,
+    step: int,
+) -> dict[str, float]:
+    """Reconstruct the held-out slices, shared over ranks; log the means and write the panel."""
+    mine = [rows[i] for i in distributed.share(len(rows))]
+    totals: dict[str, float] = {}
+    for batch in load_batches(data, chunks(mine, BATCH), 0):
+        x = batch["image"].to(run.device)
+        recon = reconstruct(vae, x)
+        values = {"loss": loss(recon, x), **reconstruction_metrics(recon, x, lpips)}
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + float(value.sum())
+    parts = distributed.gather(totals)
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: sum(part.get(name, 0.0) for part in parts) / len(rows) for name in names}
+    if distributed.is_main():
+        x = torch.stack([data[row]["image"] for row in rows[:PANEL]])
+        recon = reconstruct(vae, x.to(run.device)).cpu()
+        path = run.folder / "samples" / f"step_{step:07d}.png"
+        write_reconstructions(path, x[:, 0].numpy(), recon[:, 0].numpy())
+        run.picture(step, "reconstructions", path)
+    run.log(step, values, "val")
+    return values
+
+
+@torch.no_grad()
+def measure_latents(
+    vae: VAE, data: CTDataset, rows: list[int], args: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of each latent channel over training slices."""
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), MEASURED)).round().astype(int)
+    mine = [rows[picked[i]] for i in distributed.share(len(picked))]
+    sums = torch.zeros(2, args.latent_dim, dtype=torch.float64, device=device)
+    for batch in load_batches(data, chunks(mine, BATCH), args.num_workers):
+        mean = vae.encode(batch["image"].to(device)).mean.double()
+        sums += torch.stack([mean.sum(dim=(0, 2, 3)), mean.square().sum(dim=(0, 2, 3))])
+    sums = distributed.sum_over_ranks(sums) / (len(picked) * args.latent_size**2)
+    return sums[0].float(), (sums[1] - sums[0].square()).clamp(min=0).sqrt().float()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
