@@ -138,8 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
     def validate_and_keep_best(step: int) -> None:
         values = validate(ema.model, data, val_rows, reconstruction_loss, lpips, run, step)
-        if values["loss"] < progress["best"]:
-            progress["best"] = values["loss"]
+        if run.is_best(values["loss"]):
             best = copy.deepcopy(ema.model)
             best.calibrate(*measure_latents(best, data, train_rows, args, device))
             if distributed.is_main():

@@ -111,7 +111,7 @@ def require_equal(what: str, found: object, expected: object, remedy: str) -> No
 def save_training(
     path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict, **progress: Any
 ) -> None:
-    """Write a training's whole state: each part's state_dict, lineage, and plain progress values."""
+    """Write a training's whole state: each part's state_dict, lineage, and plain progress."""
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"version": VERSION, "kind": kind, "lineage": lineage, "states": states}
     save(path, {**content, **progress})

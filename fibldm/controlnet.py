@@ -8,7 +8,8 @@ import copy
 from torch import Tensor, nn
 
 from fibldm.layers import zero_init
-from fibldm.unet import UNet
+from fibldm.scheduler import Denoiser
+from fibldm.unet import UNet, contour_condition
 
 
 class HintEncoder(nn.Sequential):
@@ -74,3 +75,25 @@ class ControlNet(nn.Module):
         hint = full_contour if embedded else self.embed(full_contour)
         features, _ = self.encoder(x, t, contour, label, hint)
         return [conv(f) for conv, f in zip(self.zero_convs, features, strict=True)]
+
+
+def steer(
+    unet: UNet,
+    controlnet: ControlNet | None = None,
+    contour: Tensor | None = None,
+    label: Tensor | None = None,
+) -> Denoiser:
+    """The denoiser (x_t, t) -> v for contours (N, K, H, W) and labels (N,), each optional."""
+    condition = hint = None
+    if contour is not None:
+        condition = contour_condition(contour, unet.config["latent_size"])
+    if controlnet is not None and contour is not None:
+        hint = controlnet.embed(contour)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        control = None
+        if hint is not None:
+            control = controlnet(x, t, hint, condition, label, embedded=True)
+        return unet(x, t, condition, label, control)
+
+    return denoiser

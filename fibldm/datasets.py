@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fibldm import ct, distributed
 from fibldm.checkpoint import file_hash, require_equal, sync_folder
+from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
 SPLITS = ("train", "val", "test")
@@ -100,10 +101,9 @@ def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[li
         part = cells.get("split", "").lower() or split.of(patient)
         if part not in SPLITS:
             raise ValueError(f"{csv_file}: split {part!r}; expected one of {', '.join(SPLITS)}")
-        rows.append(
-            Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part)
-        )
-        missing += [name for name in rows[-1].image, rows[-1].contour if not (root / name).is_file()]
+        rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
+        pair = rows[-1].image, rows[-1].contour
+        missing += [name for name in pair if not (root / name).is_file()]
     if missing:
         raise ValueError(
             f"{csv_file}: {len(missing)} files are missing below {root} (paths in the table are "
@@ -202,13 +202,13 @@ class CTDataset(Dataset):
             notes.append(f"no dataset.json: images are {scale}")
         if array.shape[:2] != (self.image_size, self.image_size):
             notes.append(
-                f"images of {array.shape[0]}x{array.shape[1]} are padded to a square and resized to "
-                f"{self.image_size}x{self.image_size}"
+                f"images of {array.shape[0]}x{array.shape[1]} are padded to a square and resized "
+                f"to {self.image_size}x{self.image_size}"
             )
         return notes
 
     def check(self) -> None:
-        """Decode every file, shared over the ranks; ValueError lists all that training would meet."""
+        """Decode every file, shared over the ranks; ValueError lists the bad ones."""
 
         def problem(row: int) -> str | None:
             try:
@@ -220,16 +220,15 @@ class CTDataset(Dataset):
         mine = distributed.share(len(self))
         quiet = None if distributed.is_main() else True
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = list(
-                tqdm(pool.map(problem, mine), "checking files", len(mine), disable=quiet)
-            )
-        problems = sum(distributed.gather([text for text in found if text]), [])
+            found = list(tqdm(pool.map(problem, mine), "checking files", len(mine), disable=quiet))
+        mine_bad = [text for text in found if text]
+        problems = [text for part in distributed.gather(mine_bad) for text in part]
         if problems:
             raise ValueError(f"{len(problems)} of {len(self)} rows are bad:" + list_some(problems))
 
 
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
-    """Batches of a dataset in the order given, decoded by `workers` processes ahead of their use."""
+    """Batches of a dataset in the order given; `workers` processes decode ahead of their use."""
     pin = torch.cuda.is_available()
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)
 
@@ -270,10 +269,7 @@ class LatentDataset:
         self._heldout_position = {row: i for i, row in enumerate(held)}
 
         self.window: ct.Window = tuple(self.meta["window"])
-        self.classes: list[str] = self.meta["classes"]
-        self.labels = np.array(
-            [self.classes.index(r.label) if r.label in self.classes else -1 for r in self.rows]
-        )
+        self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]
         self.contour_channels, self.image_size = self.contours.shape[1:3]
 
@@ -283,6 +279,32 @@ class LatentDataset:
     def indices(self, *splits: str) -> list[int]:
         """Rows that belong to one of the splits."""
         return [i for i, row in enumerate(self.rows) if row.split in splits]
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the labels by these class names; other labels count as none given."""
+        self.classes = list(classes)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([numbers.get(row.label, NO_LABEL) for row in self.rows])
+
+    def require_shape(self, latent_dim: int | None, latent_size: int | None) -> None:
+        """Raise ValueError where --latent_dim or --latent_size is given and not the data's."""
+        for option, asked, found in (
+            ("--latent_dim", latent_dim, self.latent_dim),
+            ("--latent_size", latent_size, self.latent_size),
+        ):
+            if asked is not None and asked != found:
+                raise ValueError(f"{option} {asked}, but the latents in {self.folder} have {found}")
+
+    def lineage(self, vae_file: str | Path) -> dict[str, str]:
+        """Hashes of these latents and of their VAE; ValueError where `vae_file` is another."""
+        vae = file_hash(vae_file) if Path(vae_file).is_file() else "no such file"
+        require_equal(
+            f"{vae_file}: its SHA-256",
+            vae,
+            self.meta["vae_sha256"],
+            f"the VAE that {self.folder} was encoded with; encode again, or give that VAE",
+        )
+        return {"vae": vae, "latents": self.meta["latents_sha256"]}
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (N, C, h, w) as loaded, contours (N, K, H, W) and labels (N,) of the rows."""
@@ -352,7 +374,9 @@ def write_latents(
     # The main process describes them and makes the folder appear.
     if distributed.is_main():
         if not np.isfinite(arrays["latents"]).all():
-            raise ValueError(f"{folder}: the VAE gives latents that are not finite; nothing written")
+            raise ValueError(
+                f"{folder}: not written, since the VAE gives latents that are not finite"
+            )
         with open(partial / "manifest.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "image", "patient_id", "label", "split"])
@@ -420,7 +444,8 @@ def encode_csv(
         existing = None
     if existing is not None and not overwrite:
         for name, value in facts.items():
-            require_equal(f"{folder}: its {name}", existing.meta.get(name), value, "use --overwrite")
+            found = existing.meta.get(name)
+            require_equal(f"{folder}: its {name}", found, value, "use --overwrite")
         require_equal(
             f"{folder}: its contour channels",
             existing.contour_channels,
@@ -431,5 +456,3 @@ def encode_csv(
     distributed.barrier()  # so that no rank sees the folder that another is about to write
     write_latents(folder, dataset, vae, facts, device, batch_size, workers)
     return notes
-
-

@@ -7,14 +7,23 @@ images" (IEEE TMI 2001); closing by local density is what keeps fibrotic tissue 
 import numpy as np
 from scipy import ndimage as ndi
 
-# Lengths are fractions of the body's equivalent diameter, areas are fractions of the body's area,
-# so that no pixel spacing is needed.
 WORK_SIDE = 256  # larger slices are reduced: the outline of a lung is smooth at this scale
-AIR = -400.0  # HU; between lung (-850) and soft tissue (50), where partial volume is even
-NEAR, WIDE, NARROW, BLUR, HOLE = 0.1, 0.06, 0.025, 0.012, 0.01
-FIBROTIC = -250.0  # HU; local mean of reticulation and honeycombing lies below, muscle above
-GAS = -925.0  # HU; trachea and bowel gas lie below, parenchyma above
-SMALLEST, LARGE = 0.003, 0.1  # area of a piece of lung, and of one that is lung whatever its HU
+
+# Thresholds in HU.
+AIR = -350.0  # between lung (-850) and soft tissue (50), on the side that keeps blurred edges
+FIBROTIC = -250.0  # the local mean of reticulation and honeycombing lies below, muscle above
+GAS = -940.0  # a small piece that is darker is trachea or bowel gas
+AIRY = -905.0  # and so is one below this that is also DARKER than the largest piece by this much
+DARKER = 100.0
+
+# Lengths as fractions of the body's equivalent diameter and areas as fractions of the body's area,
+# so that no pixel spacing is needed. Tuned on normal lungs and on phantoms with fibrosis.
+SKIN = 0.015  # the chest's wall is thicker; gaps between body and table are not as deep
+SMALLEST, LARGE = 0.003, 0.1  # area of a piece of lung, and of one that is lung however dark
+NEAR = 0.1  # cysts are looked for at this distance from the lungs
+WIDE, NARROW = 0.06, 0.02  # radii of the closings: over fibrosis, and over vessels
+BLUR = 0.012  # scale of the local mean
+HOLE = 0.01  # area of the largest hole to fill: a vessel, not a heart or a dome of the diaphragm
 
 
 def lung_mask(hu: np.ndarray) -> np.ndarray:
@@ -23,6 +32,7 @@ def lung_mask(hu: np.ndarray) -> np.ndarray:
     hu: (H, W) slice or (D, H, W) volume of axial slices in HU, any real dtype, about 64 to 768
     pixels a side; clipped to [-1000, 400] or not. Returns bool of the same shape, all False
     where there is no lung. Each slice is treated by itself.
+    Raises ValueError for another number of dimensions.
     """
     hu = np.asarray(hu)
     if hu.ndim not in (2, 3):
@@ -63,7 +73,8 @@ def _find_lungs(image: np.ndarray) -> np.ndarray:
     size = 2 * np.sqrt(area / np.pi)
 
     # Lungs: pieces of air in the body that are large; small ones only where they are not gas.
-    labels, count = ndi.label(body & (smooth < AIR))
+    inner = ndi.binary_erosion(body, iterations=max(1, round(SKIN * size)))
+    labels, count = ndi.label(inner & (smooth < AIR))
     sizes = np.bincount(labels.ravel(), minlength=count + 1) / area
     sizes[0] = 0
     core = ndi.binary_erosion(labels > 0, iterations=max(1, round(0.008 * size)))
@@ -72,8 +83,8 @@ def _find_lungs(image: np.ndarray) -> np.ndarray:
         inside = image[core & (labels == label)]
         level[label] = np.median(inside) if inside.size else 0.0
     lung = sizes > LARGE
-    typical = np.median(level[lung]) if lung.any() else -850.0
-    dark = level < min(GAS, typical - 50)
+    typical = level[np.argmax(sizes)]
+    dark = (level < GAS) | ((level < AIRY) & (level < typical - DARKER))
     lung |= (sizes > SMALLEST) & ~dark
     lungs = lung[labels]
     if not lungs.any():
@@ -116,7 +127,7 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 
 def _close(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Closing by a disk of `radius` pixels, by distances: its cost does not grow with the radius."""
+    """Closing by a disk of `radius` pixels; by distances, so its cost does not grow with it."""
     margin = int(radius) + 2
     padded = np.pad(mask, margin)
     dilated = ndi.distance_transform_edt(~padded) <= radius

@@ -63,7 +63,8 @@ def load_inception(device: torch.device) -> nn.Module | None:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     path = str(weight_file(INCEPTION))  # given a path, it has nothing to download
-    inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
+    with torch.random.fork_rng(devices=[]):
+        inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
     return inception.requires_grad_(False).eval().to(device)
 
 
@@ -81,7 +82,7 @@ class PerceptualDistance(nn.Module):
         import lpips
 
         # Built with a random trunk and filled here: lpips itself would go and download it.
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         trunk = torch.load(weight_file(ALEXNET), map_location="cpu", weights_only=True)
@@ -115,8 +116,11 @@ def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
 
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11x11, found {tuple(x.shape[-2:])}")
-    x, y = x.float(), y.float()
-    return structural_similarity_index_measure(x, y, reduction="none", data_range=2.0).reshape(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        ssim = structural_similarity_index_measure(
+            x.float(), y.float(), reduction="none", data_range=2.0
+        )
+    return ssim.reshape(-1)
 
 
 def reconstruction_metrics(
@@ -175,7 +179,8 @@ def kernel_distance(real: Tensor, fake: Tensor, subset_size: int, subsets: int =
     total = 0.0
     for _ in range(subsets):
         drawn = [f[torch.randperm(len(f), generator=generator)[:subset_size]] for f in (real, fake)]
-        total += float(poly_mmd(*drawn))
+        with torch.autocast(real.device.type, enabled=False):
+            total += float(poly_mmd(*drawn))
     return total / subsets
 
 

@@ -59,7 +59,7 @@ class Patient:
             lean=rng.uniform(0.06, 0.12),
             shift=(rng.uniform(-0.04, 0.04), rng.uniform(-0.05, 0.03)),
             density=rng.uniform(-885, -845),
-            breast=rng.choice([0.0, 0.0, 0.05, 0.1]).item(),
+            breast=rng.choice([0.0, 0.0, 0.0, 0.03, 0.08]).item(),
             contrast=rng.choice([0.0, 0.0, 120.0]).item(),
             noise=rng.uniform(12, 26),
             table=bool(rng.random() < 0.75),
@@ -91,6 +91,7 @@ def phantom_slice(
     tissue = _draw_parenchyma(who, lung, y, level, severity, rng)
     hu += inside * (tissue - hu)
     _draw_trachea(hu, x, y, level, lung)
+    hu += 7 * _blobs(rng, 40) * (hu > -300)  # no organ is even
     hu = _scan(hu, who, rng)
 
     if size != GRID:
@@ -188,14 +189,15 @@ def _draw_body(who: Patient, x, y, level):
     heart = _oval(x, y, heart_at, (0.33 * beat, 0.24 * beat), 2.2, 0.5)
     aorta = _oval(x, y, (0.09, middle + 0.50 * deep), (0.058, 0.058))
     right, left = (float(max(0, level - start) / (1 - start)) ** 0.5 for start in (0.70, 0.78))
-    liver = _oval(x, y, (-0.50 * wide, middle - 0.10), (0.48 * wide * right, 0.84 * deep * right))
-    spleen = _oval(x, y, (0.56 * wide, middle - 0.06), (0.40 * wide * left, 0.74 * deep * left))
+    liver = _oval(x, y, (-0.50 * wide, middle - 0.10), (0.50 * wide * right, 0.74 * deep * right))
+    spleen = _oval(x, y, (0.56 * wide, middle - 0.06), (0.40 * wide * left, 0.68 * deep * left))
     if level > 0.38:
         lung = _both(lung, -heart - 0.015, 0.05)
     if level > 0.28:
         lung = _both(lung, -aorta - 0.012, 0.04)
-    lung = _both(lung, -liver - 0.006, 0.03)
-    lung = _both(lung, -spleen - 0.006, 0.03)
+    for dome, reached in ((liver, right), (spleen, left)):
+        if reached:
+            lung = _both(lung, -dome - 0.006, 0.03)
 
     # Table.
     hu = np.full_like(x, AIR)
@@ -211,14 +213,14 @@ def _draw_body(who: Patient, x, y, level):
         who.depth + 0.12 + 0.8 * who.fat - 0.4 * shoulders,
     )
     groove = 0.035 * np.exp(-((x / 0.09) ** 2)) * np.sign(y - 0.2)
-    body = _oval(x, y + groove, (0, 0.045), axes, who.square)
+    chest = body = _oval(x, y + groove, (0, 0.045), axes, who.square)
     if who.breast:
-        bulge = who.breast * np.exp(-(((level - 0.5) / 0.25) ** 2))
-        breast = _oval(side, y, (0.42, -who.depth - 0.02), (0.25, 0.12 + float(bulge)))
-        body = -_both(-body, -breast, 0.08)
+        bulge = math.exp(-(((level - 0.55) / 0.25) ** 2))
+        extent = (0.25 * bulge, (0.10 + who.breast) * bulge)
+        breast = _oval(side, y, (0.42, -who.depth - 0.02), extent)
+        body = -_both(-chest, -breast, 0.08)
     _paint(hu, body, 20.0)
     _paint(hu, body - 0.012, FAT)
-    chest = _oval(x, y + groove, (0, 0.045), axes, who.square)
     trunk = chest - 0.02 - who.fat * (0.7 + 0.5 * np.minimum(side / who.width, 1))
     _paint(hu, trunk, MUSCLE)
     planes = np.abs(np.sin(26 * cage + 5 * x * y + 2 * np.sin(4 * x)))
@@ -242,18 +244,20 @@ def _draw_body(who: Patient, x, y, level):
     if level > 0.28:
         _paint(hu, aorta, blood)
     _paint(hu, _oval(x, y, (0.02, middle + 0.36 * deep), (0.035, 0.025)), MUSCLE - 15)
-    _paint(hu, np.minimum(liver, cage), LIVER + 0.3 * who.contrast)
-    _paint(hu, np.minimum(spleen, cage), LIVER - 10 + 0.4 * who.contrast)
-    _draw_bones(hu, x, y, cage, level, middle, deep)
+    if right:
+        _paint(hu, np.minimum(liver, cage), LIVER + 0.3 * who.contrast)
+    if left:
+        _paint(hu, np.minimum(spleen, cage), LIVER - 10 + 0.4 * who.contrast)
+    _draw_bones(hu, x, y, cage, trunk, level, middle, deep)
     return hu, lung
 
 
-def _draw_bones(hu, x, y, cage, level, middle, deep) -> None:
+def _draw_bones(hu, x, y, cage, trunk, level, middle, deep) -> None:
     # Ribs cross the slice at a slant: each shows as a lens in a ring around the lungs.
     angle = np.arctan2(y - middle, np.abs(x))
     phase = 9 * angle + 0.8 * np.sin(3 * angle) + 13 * level + 0.9 * (x > 0)
     thick = 0.026 * np.sqrt(np.clip(np.cos(phase) * 0.8 + 0.25, 0, 1))
-    ribs = thick - np.abs(cage + 0.044) - 1.0 * (np.abs(x) < 0.12)
+    ribs = thick - np.abs(cage + 0.044) - ((thick < 0.008) | (np.abs(x) < 0.12))
     _paint(hu, ribs, CORTEX)
     _paint(hu, ribs - 0.010, MARROW)
 
@@ -262,7 +266,7 @@ def _draw_bones(hu, x, y, cage, level, middle, deep) -> None:
     spine = middle + 0.82 * deep
     vertebra = _oval(x, y, (0, spine), (0.125, 0.10), 2.5)
     arch = _oval(x, y, (0, spine + 0.135), (0.09, 0.066))
-    spinous = _oval(x, y, (0, spine + 0.21), (0.018, 0.075))
+    spinous = np.minimum(_oval(x, y, (0, spine + 0.21), (0.018, 0.075)), trunk - 0.01)
     wings = _oval(np.abs(x), y, (0.13, spine + 0.12), (0.08, 0.024), 2.0, 0.35)
     for bone in (sternum, vertebra, arch, spinous, wings):
         _paint(hu, bone, CORTEX - 150)
@@ -295,97 +299,90 @@ def _draw_trachea(hu, x, y, level, lung) -> None:
 def _draw_parenchyma(who: Patient, lung, y, level, severity, rng) -> np.ndarray:
     """HU of lung tissue on the whole grid; only the part inside the lungs is used."""
     gravity = np.clip(y / who.depth, -1, 1)
-    tissue = who.density + 35 * gravity + 12 * _blobs(rng, 12)
-    tissue += 22 * ndi.gaussian_filter(rng.standard_normal(y.shape).astype(np.float32), 0.9) * 3
+    grain = ndi.gaussian_filter(rng.standard_normal(y.shape).astype(np.float32), 0.9)
+    tissue = who.density + 35 * gravity + 12 * _blobs(rng, 12) + 66 * grain
     depth = ndi.distance_transform_edt(lung > 0).astype(np.float32) * 2 / GRID
-    bright, dark = _trees(depth, rng)
-    fade = np.clip((depth - 0.012) / 0.04, 0, 1)
-    tissue += np.maximum(bright * fade, 0) * (BLOOD + 0.6 * who.contrast - tissue)
+    vessels, airways = _draw_trees(depth, rng)
 
+    # Vessels end before the pleura.
+    vessels *= np.clip((depth - 0.012) / 0.04, 0, 1)
+    tissue += vessels * (BLOOD + 0.6 * who.contrast - tissue)
     if severity > 0:
         tissue = _fibrose(tissue, depth, gravity, level, severity, rng)
-    wall = np.clip(ndi.grey_dilation(dark, 3) - dark, 0, 1) * (depth > 0.02)
-    tissue += wall * (-150 - tissue)
-    tissue += dark * (AIR + 20 - tissue)
+    walls = np.clip(ndi.grey_dilation(airways, 3) - airways, 0, 1) * (depth > 0.02)
+    tissue += walls * (-150 - tissue)
+    tissue += airways * (AIR + 20 - tissue)
     return tissue
 
 
-def _trees(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Vessels and airways that branch from each hilum -> their cover of each pixel, 0 to 1."""
+def _draw_trees(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Vessels and airways that branch from each hilum -> their share of each pixel, 0 to 1."""
     vessels, airways = (Image.new("L", (DRAWN, DRAWN)) for _ in range(2))
-    pens = ImageDraw.Draw(vessels), ImageDraw.Draw(airways)
-    scale = DRAWN // GRID
-    for half in (slice(0, GRID // 2), slice(GRID // 2, GRID)):
-        part = np.zeros_like(depth)
-        part[:, half] = depth[:, half]
+    vessel_pen, airway_pen = ImageDraw.Draw(vessels), ImageDraw.Draw(airways)
+    columns = np.arange(GRID)
+    for half in (columns < GRID // 2, columns >= GRID // 2):
+        part = depth * half
         if part.max() < 0.03:
             continue
-        rows, cols = np.nonzero(part > 0)
-        # The hilum lies at the lung's medial edge, about the middle of its height.
-        inner = cols.max() if half.start == 0 else cols.min()
-        near = np.argmin(
-            np.abs(cols - inner) * 0.8
-            + np.abs(rows - np.median(rows))
-            + 6 * (part[rows, cols] < 0.02)
-        )
-        root = np.array([cols[near], rows[near]], float)
-        for _ in range(9):
-            goal = rng.integers(len(rows))
-            toward = np.array([cols[goal], rows[goal]]) - root
-            angle = np.arctan2(toward[1], toward[0])
-            _grow(pens, part, root, angle, rng.uniform(1.8, 3.6), rng, scale)
-        # Vessels that cross the slice show as dots, larger and more of them at the hilum.
-        for goal in rng.integers(len(rows), size=len(rows) // 110):
-            far = np.hypot(cols[goal] - root[0], rows[goal] - root[1]) / 60
-            radius = rng.uniform(0.35, 0.8) + 1.2 * rng.random() ** 2 * np.exp(-far * 2)
-            _dot(
-                pens[0], (cols[goal], rows[goal]), radius * scale, scale, int(rng.uniform(110, 255))
-            )
-        for _ in range(3):
-            goal = rng.integers(len(rows))
-            toward = np.array([cols[goal], rows[goal]]) - root
-            spot = root + toward * rng.uniform(0.1, 0.45)
+        spots = np.argwhere(part > 0)[:, ::-1].astype(float)
+
+        # The hilum: at the medial edge, about half way from front to back.
+        medial = np.abs(spots[:, 0] - GRID / 2)
+        score = 0.8 * medial + np.abs(spots[:, 1] - np.median(spots[:, 1]))
+        root = spots[np.argmin(score + 6 * (part[part > 0] < 0.02))]
+
+        # Branches; vessels that cross the slice and show as dots; airways, each beside a vessel.
+        for goal in rng.choice(spots, 7):
+            angle = math.atan2(goal[1] - root[1], goal[0] - root[0])
+            _grow(vessel_pen, part, root, angle, rng.uniform(1.8, 3.6), rng)
+        for spot in rng.choice(spots, len(spots) // 110):
+            near = math.exp(-math.dist(spot, root) / 30)
+            radius = rng.uniform(0.35, 0.8) + 1.2 * rng.random() ** 2 * near
+            _dot(vessel_pen, spot, radius, int(rng.uniform(110, 255)))
+        for goal in rng.choice(spots, 3):
+            spot = root + (goal - root) * rng.uniform(0.1, 0.45)
             radius = rng.uniform(1.2, 2.3)
-            _dot(pens[0], spot + [radius * 1.7, 0], radius * scale, scale, 255)
-            _dot(pens[1], spot, radius * scale, scale, 255)
-    reduced = (np.asarray(image.reduce(scale), np.float32) / 255 for image in (vessels, airways))
-    bright, dark = reduced
-    return bright, dark
+            _dot(vessel_pen, spot + np.array([radius * 1.7, 0]), radius, 255)
+            _dot(airway_pen, spot, radius, 255)
+    scale = DRAWN // GRID
+    return tuple(np.asarray(i.reduce(scale), np.float32) / 255 for i in (vessels, airways))
 
 
-def _dot(pen, center, radius, scale, fill) -> None:
-    u, v = center[0] * scale, center[1] * scale
-    pen.ellipse((u - radius, v - radius, u + radius, v + radius), fill=fill)
+def _dot(pen, center, radius, fill) -> None:
+    """A disk; `center` and `radius` in pixels of the grid."""
+    u, v, r = (float(n) * DRAWN / GRID for n in (*center, radius))
+    pen.ellipse((u - r, v - r, u + r, v + r), fill=fill)
 
 
-def _grow(pens, part, point, angle, width, rng, scale) -> None:
-    """Draw one branch of a tree, width in pixels, and from it its side branches.
+def _grow(pen, part, point, angle, width, rng) -> None:
+    """Draw one vessel, `width` in pixels of the grid, and from it its side branches.
 
-    A branch wanders out of the slice and back into it, so that only pieces of it show.
+    It wanders out of the slice and back into it, so that only pieces of it show.
     """
+    scale = DRAWN / GRID
     height = rng.normal(0, 0.5)
     while width > 0.5:
-        step = np.array([np.cos(angle), np.sin(angle)]) * 4.0
-        u, v = (point + step).astype(int)
+        end = point + 4 * np.array([math.cos(angle), math.sin(angle)])
+        u, v = int(end[0]), int(end[1])
         if not (0 <= u < GRID and 0 <= v < GRID) or part[v, u] <= 0:
             return
         if abs(height) < 0.6:
-            line = [*(point * scale), *((point + step * 1.1) * scale)]
-            pens[0].line(line, fill=int(255 - 150 * abs(height)), width=max(2, int(width * scale)))
-        point = point + step
-        angle += rng.normal(0, 0.10)
+            fill = int(255 - 150 * abs(height))
+            pen.line((*(point * scale), *(end * scale)), fill, max(2, int(width * scale)))
+        point = end
+        angle += rng.normal(0, 0.16)
         height += rng.normal(0, 0.28)
         width *= 0.945
         if rng.random() < 0.17 and width > 0.7:
-            turn = rng.choice([-1, 1]) * rng.uniform(0.5, 0.9)
-            _grow(pens, part, point, angle + turn, width * 0.72, rng, scale)
+            turn = rng.choice((-1, 1)) * rng.uniform(0.5, 0.9)
+            _grow(pen, part, point, angle + turn, width * 0.72, rng)
 
 
 def _fibrose(tissue, depth, gravity, level, severity, rng) -> np.ndarray:
     """Ground glass, reticulation and honeycombing, from the pleura inward."""
-    spread = severity * _along(level, [0, 0.4, 1], [0.25, 0.6, 1.15])
+    spread = severity * _along(level, [0, 0.4, 1], [0.12, 0.5, 1.1])
     reach = 0.03 + 0.11 * spread  # depth to which disease goes
-    amount = spread * (0.60 + 0.45 * gravity) * 1.6 + 0.35 * _blobs(rng, 9) * math.sqrt(spread)
+    amount = spread * (0.60 + 0.45 * gravity) * 1.5 + 0.35 * _blobs(rng, 9) * math.sqrt(spread)
     amount = np.clip(amount, 0, 1) * np.exp(-((depth / reach) ** 1.5))
 
     # Ground glass: a haze.
@@ -393,7 +390,9 @@ def _fibrose(tissue, depth, gravity, level, severity, rng) -> np.ndarray:
 
     # Reticulation: the walls of small cells, broken here and there.
     edge, _ = _some_cells(6.0, rng)
-    lines = np.clip(1.1 - edge, 0, 1) * np.clip(0.7 + 0.6 * _blobs(rng, 40), 0, 1)
+    lines = np.clip(1.1 - edge + 0.5 * _blobs(rng, 48), 0, 1) * np.clip(
+        0.7 + 0.6 * _blobs(rng, 40), 0, 1
+    )
     net = np.clip(2.0 * amount, 0, 1) * lines
     tissue = tissue + net * (-150 - tissue)
 
@@ -407,26 +406,25 @@ def _fibrose(tissue, depth, gravity, level, severity, rng) -> np.ndarray:
 
 @cache
 def _cells(spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Voronoi cells about `spacing` pixels apart on a torus twice as large as the grid.
+    """Voronoi cells about `spacing` pixels apart on a torus as large as the grid.
 
-    Returns the distance to the nearest edge in pixels and a number for each cell. It is made once:
-    slices differ in the window that they take of it.
+    Returns the distance to the nearest edge in pixels and a number for each cell. Slices share it,
+    for its cost; each takes it shifted and mirrored in its own way.
     """
     rng = np.random.default_rng(round(spacing * 100))
-    side = 2 * GRID
-    count = int(side / spacing)
-    seeds = np.stack(np.meshgrid(*[np.arange(count)] * 2, indexing="ij"), -1).reshape(-1, 2) + 0.5
-    seeds = (seeds + rng.uniform(-0.45, 0.45, seeds.shape)) * (side / count)
+    count = int(GRID / spacing)
+    seeds = np.stack(np.meshgrid(np.arange(count), np.arange(count)), -1).reshape(-1, 2) + 0.5
+    seeds = (seeds + rng.uniform(-0.45, 0.45, seeds.shape)) * (GRID / count)
     seeds = seeds[rng.random(len(seeds)) < 0.8]  # cells differ in size
-    pixels = np.stack(np.meshgrid(*[np.arange(side) + 0.5] * 2, indexing="ij"), -1)
-    distance, index = cKDTree(seeds % side, boxsize=side).query(pixels, k=2)
+    pixels = np.stack(np.meshgrid(np.arange(GRID) + 0.5, np.arange(GRID) + 0.5), -1)
+    distance, index = cKDTree(seeds, boxsize=GRID).query(pixels, k=2)
     edge = (distance[..., 1] - distance[..., 0]) / 2
     return edge.astype(np.float32), index[..., 0].astype(np.float32)
 
 
-def _some_cells(spacing: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    row, column = rng.integers(GRID, size=2)
-    return tuple(part[row : row + GRID, column : column + GRID] for part in _cells(spacing))
+def _some_cells(spacing: float, rng: np.random.Generator) -> list[np.ndarray]:
+    shift, turn = rng.integers(GRID, size=2), int(rng.integers(4))
+    return [np.rot90(np.roll(part, shift, (0, 1)), turn) for part in _cells(spacing)]
 
 
 # The scanner.
@@ -462,12 +460,8 @@ def write_dataset(
     low, high = LEVELS
     for patient in tqdm(range(patients), desc="patients", unit="patient", disable=None):
         rng = np.random.default_rng([seed, patient, 2, 2])
-        levels = (
-            low
-            + (high - low)
-            * (np.arange(slices_per_patient) + rng.random(slices_per_patient))
-            / slices_per_patient
-        )
+        steps = np.arange(slices_per_patient) + rng.random(slices_per_patient)
+        levels = low + (high - low) * steps / slices_per_patient
         for number, level in enumerate(levels):
             hu, mask = phantom_slice(patient, float(level), size, seed=seed)
             if contour_style == "outline":

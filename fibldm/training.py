@@ -56,7 +56,7 @@ def fraction(text: str) -> float:
     return value
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
+def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     """Options of every stage that say where and how it computes."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -66,7 +66,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "fp32", "bf16", "fp16"),
         help="of the networks; auto: bf16 where the GPU has it, else fp16; fp32 on a CPU",
     )
-    group.add_argument("--num_workers", type=int, default=2, help="processes that decode images")
+    if workers:
+        group.add_argument(
+            "--num_workers", type=int, default=2, help="processes that decode images"
+        )
     group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
 
 
@@ -111,7 +114,7 @@ class Precision:
 
 
 def item_generator(seed: int, stream: str, step: int, item: int) -> np.random.Generator:
-    """Random numbers that depend on these four alone: not on the batch, the rank or what ran before.
+    """Random numbers that depend on these four alone: on no batch, rank or earlier draw.
 
     Counter-based (Philox; Salmon et al. 2011), so that any item's numbers can be drawn directly.
     """
@@ -194,6 +197,7 @@ class Run:
         self.signal, self.saved = 0, False
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.started = self.left = time.monotonic()
 
         # The settings must be those of the run that is here, if one is.
         file = self.folder / "args.json"
@@ -287,16 +291,25 @@ class Run:
             self.log(step, {**self._pop_averages(), "images_per_s": speed}, "train")
         if save:
             self.save()
+        self.left = time.monotonic()
         if stop:
             self.say(f"stopped after step {step}, all saved; the same command goes on from here")
             self.close()
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
         return validate
 
+    def is_best(self, loss: float) -> bool:
+        """Whether a validation loss is the lowest so far; remembers it."""
+        best = loss < self.progress["best"]
+        if best:
+            self.progress["best"] = loss
+        return best
+
     def end_validation(self, step: int) -> None:
         """Note that the validation after this step is done."""
         self.progress["validated"] = step
         self.save()
+        self.started += time.monotonic() - self.left  # images_per_s is of training alone
 
     def save(self) -> None:
         """Write last.pth."""
@@ -317,8 +330,8 @@ class Run:
         wrong = [n for n, v in means.items() if not np.isfinite(v) and n != "grad_norm"]
         if wrong:
             raise ValueError(
-                f"training diverged ({', '.join(wrong)} is not finite); {self.last} is from before. "
-                "Lower --lr, or use --precision fp32 or bf16"
+                f"training diverged ({', '.join(wrong)} is not finite); {self.last} is from "
+                "before. Lower --lr, or use --precision fp32 or bf16"
             )
         return means
 

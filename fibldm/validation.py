@@ -16,7 +16,7 @@ from fibldm.metrics import RealismMetrics, contour_dice
 from fibldm.panels import write_samples
 from fibldm.samplers import dpmpp_2m
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import Precision, item_noise
+from fibldm.training import Precision, Run, item_noise
 from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
@@ -45,6 +45,7 @@ class Validation:
         scheduler: CosineScheduler,
         args: argparse.Namespace,
         precision: Precision,
+        run: Run,
     ) -> None:
         self.data, self.vae, self.scheduler, self.args = data, vae, scheduler, args
         self.precision, self.device = precision, precision.device
@@ -53,9 +54,19 @@ class Validation:
         self.rows = [held[int(i)] for i in picked]
         self.mine = [self.rows[i] for i in distributed.share(len(self.rows))]
         self.metrics = RealismMetrics(self.device)
+        for name, remedy in self.metrics.missing.items():
+            run.say(f"validation without {name}: {remedy}")
         real = [held[i] for i in distributed.share(len(held))]
         for rows in chunks(real, BATCH):
             self.metrics.update_real(data.heldout_images(rows, self.device))
+
+    def measure(self, steer: Steer, run: Run, step: int) -> float:
+        """Loss, samples and their grid, logged as the run's; returns the loss."""
+        path = run.folder / "samples" / f"step_{step:07d}.png"
+        values = {**self.loss(steer), **self.samples(steer, path)}
+        run.log(step, values, "val")
+        run.picture(step, "samples", path)
+        return values["loss"]
 
     @torch.no_grad()
     def loss(self, steer: Steer) -> dict[str, float]:

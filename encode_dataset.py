@@ -1,0 +1,57 @@
+"""Encode the slices of label.csv by a trained VAE, into a latent data set."""
+
+import argparse
+
+from fibldm import distributed
+from fibldm.checkpoint import load_model
+from fibldm.datasets import LatentDataset, encode_csv
+from fibldm.training import Precision, add_machine_options, make_parser, positive, run_script
+from fibldm.vae import VAE
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__,
+        "  python encode_dataset.py --csv_file ./data/label.csv --img_dir ./data/ \\\n"
+        "      --vae_checkpoint ./vae_run_1/vae_best.pth --output_dir ./data/latents_dataset",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--csv_file", default="./data/label.csv", help="table of image, contour, ...")
+    data.add_argument("--img_dir", default="./data/", help="folder its paths are relative to")
+    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="from train_vae")
+    data.add_argument("--output_dir", default="./data/latents_dataset", help="appears when whole")
+    data.add_argument(
+        "--contour_channels", type=positive, default=1, help="labels that the contours tell apart"
+    )
+    data.add_argument("--overwrite", action="store_true", help="replace other latents there")
+    data.add_argument(
+        "--batch_size", type=positive, default=32, help="slices a process encodes at once"
+    )
+    add_machine_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # Setup.
+    device = distributed.setup(args.device)
+    precision = Precision(args.precision, device)
+
+    # Model.
+    vae, content = load_model(args.vae_checkpoint, VAE)
+
+    # Data.
+    with precision.autocast():
+        notes = encode_csv(
+            args.output_dir, args.csv_file, args.img_dir, vae.to(device), args.vae_checkpoint,
+            content, args.contour_channels, device, args.batch_size, args.num_workers,
+            args.overwrite,
+        )  # fmt: skip
+    if distributed.is_main():
+        data = LatentDataset(args.output_dir)
+        print("\n".join(notes))
+        counts = ", ".join(f"{len(data.indices(s))} {s}" for s in ("train", "val", "test"))
+        print(f"{args.output_dir}: {len(data)} latents {data.latents.shape[1:]}: {counts}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,248 @@
+"""Sample new slices whose lungs follow given contours, and write them as images or in HU."""
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fibldm import ct, distributed
+from fibldm.checkpoint import file_hash, load_model, require_equal
+from fibldm.controlnet import ControlNet, steer
+from fibldm.datasets import SPLITS, LatentDataset, chunks
+from fibldm.panels import write_samples
+from fibldm.samplers import SAMPLERS, guide
+from fibldm.scheduler import CosineScheduler
+from fibldm.training import (
+    Precision,
+    add_machine_options,
+    fraction,
+    item_noise,
+    make_parser,
+    positive,
+    replace_text,
+    run_script,
+)
+from fibldm.unet import NO_LABEL, UNet
+from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.validation import dice
+
+GRID = 32  # samples in grid.png
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__,
+        "  python sample.py --vae_checkpoint ./vae_run_1/vae_best.pth \\\n"
+        "      --unet_checkpoint ./model_runs/ldm_unet_run_1/unet_best.pth \\\n"
+        "      --controlnet_checkpoint ./model_runs/controlnet_run_1/controlnet_best.pth \\\n"
+        "      --latent_data_dir ./data/latents_dataset --split val --num_samples 16",
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--vae_checkpoint", required=True, help="vae_best.pth")
+    models.add_argument("--unet_checkpoint", required=True, help="unet_best.pth")
+    models.add_argument("--controlnet_checkpoint", help="controlnet_best.pth; without: U-Net alone")
+    source = parser.add_argument_group("what to sample (one of the first three)")
+    given = source.add_mutually_exclusive_group(required=True)
+    given.add_argument("--contours", help="a contour image, or a folder of them")
+    given.add_argument("--latent_data_dir", help="take contours and labels from a latent data set")
+    given.add_argument("--unconditional", action="store_true", help="no contour")
+    source.add_argument("--split", choices=SPLITS, default="val", help="of --latent_data_dir")
+    source.add_argument(
+        "--label", help="class name for all samples (default: the data set's, or none)"
+    )
+    source.add_argument(
+        "--num_samples", type=positive,
+        help="contours are used in turn (default: one sample a contour; 16 if unconditional)",
+    )  # fmt: skip
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m", help="ddpm is random")
+    sampling.add_argument("--steps", type=positive, default=20, help="evaluations of the denoiser")
+    sampling.add_argument(
+        "--spacing", choices=("logsnr", "trailing"), default="logsnr", help="of the timesteps"
+    )
+    sampling.add_argument("--guidance_scale", type=float, default=1.5, help="1: no guidance")
+    sampling.add_argument(
+        "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="noise levels t / T at which guidance acts",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--guidance_rescale", type=fraction, default=0.0, help="towards the unguided contrast"
+    )
+    sampling.add_argument("--batch_size", type=positive, default=16, help="samples at once")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="samples", help="gets the files and grid.png")
+    output.add_argument(
+        "--format", choices=ct.FORMATS, default="png", help="png: window; others: HU"
+    )
+    output.add_argument("--pixel_spacing", type=float, default=1.0, help="mm, in NIfTI and DICOM")
+    output.add_argument("--overwrite", action="store_true", help="replace samples that are there")
+    add_machine_options(parser, workers=False)
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Contours (M, K, H, W), or None; and for each of them a name and a class label ("": none)."""
+
+    contours: np.ndarray | None
+    names: list[str]
+    labels: list[str]
+
+
+def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size: int) -> Request:
+    """What the options ask for; ValueError where the models cannot give it."""
+    channels = unet.config["contour_channels"]
+    if args.unconditional:
+        request = Request(None, [""], [""])
+    elif args.contours is not None:
+        files = contour_files(Path(args.contours))
+        contours = [ct.fit_square(ct.read_contour(f, channels), size, 0) >= 0.5 for f in files]
+        request = Request(np.stack(contours), [str(f) for f in files], [""] * len(files))
+    else:
+        data = LatentDataset(args.latent_data_dir)
+        rows = data.indices(args.split)
+        if not rows:
+            raise ValueError(f"{args.latent_data_dir}: its {args.split} split is empty")
+        what = f"{args.latent_data_dir}: contour channels and size"
+        found = (data.contour_channels, data.image_size)
+        require_equal(what, found, (channels, size), "another data set than the models'")
+        names = [f"{args.latent_data_dir}#{row}" for row in rows]
+        request = Request(data.contours[rows], names, [data.rows[row].label for row in rows])
+    if args.label is not None:
+        if args.label not in classes:
+            raise ValueError(
+                f"--label {args.label}: the U-Net knows the classes {classes or '(none)'}"
+            )
+        request = Request(request.contours, request.names, [args.label] * len(request.names))
+    return request
+
+
+def contour_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"--contours {path}: no such file or folder")
+    files = sorted(p for p in path.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
+    if not files:
+        raise ValueError(f"--contours {path}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+    return files
+
+
+def load_models(args: argparse.Namespace) -> tuple[VAE, UNet, ControlNet | None, dict, dict]:
+    """The models and the contents of the VAE's and U-Net's files; refuses what does not match."""
+    vae, vae_content = load_model(args.vae_checkpoint, VAE)
+    unet, unet_content = load_model(args.unet_checkpoint, UNet)
+    require_equal(
+        f"{args.unet_checkpoint}: the SHA-256 of the VAE it was trained with",
+        unet_content["lineage"]["vae"],
+        file_hash(args.vae_checkpoint),
+        f"give that VAE, not {args.vae_checkpoint}",
+    )
+    controlnet = None
+    if args.controlnet_checkpoint is not None:
+        controlnet, content = load_model(args.controlnet_checkpoint, ControlNet, unet)
+        require_equal(
+            f"{args.controlnet_checkpoint}: the SHA-256 of the U-Net it was trained with",
+            content["lineage"]["unet"],
+            file_hash(args.unet_checkpoint),
+            f"give that U-Net, not {args.unet_checkpoint}",
+        )
+    return vae, unet, controlnet, vae_content, unet_content
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    # Setup.
+    device = distributed.setup(args.device)
+    precision = Precision(args.precision, device)
+    output = Path(args.output_dir)
+    if (output / "samples.csv").exists() and not args.overwrite:
+        raise ValueError(f"{output} holds samples already; use --overwrite or another --output_dir")
+    if args.unconditional and args.controlnet_checkpoint is not None:
+        raise ValueError("--unconditional: a ControlNet needs contours; leave it out")
+    distributed.barrier()
+
+    # Models and contours.
+    vae, unet, controlnet, vae_content, unet_content = load_models(args)
+    for model in filter(None, (vae, unet, controlnet)):
+        model.to(device)
+    classes, window = unet_content["classes"], tuple(vae_content["window"])
+    size = vae.config["image_size"]
+    request = read_requests(args, unet, classes, size)
+    count = args.num_samples or (16 if args.unconditional else len(request.names))
+    scheduler = CosineScheduler(device=device)
+    timesteps = scheduler.timesteps(args.steps, args.spacing)
+    shape = [unet.config[name] for name in ("latent_dim", "latent_size", "latent_size")]
+
+    def draw(items: Sequence[int]) -> np.ndarray:
+        """Samples (N, H, W) in [-1, 1]; sample i depends on the seed and i alone."""
+        sources = [i % len(request.names) for i in items]
+        numbers = [
+            classes.index(request.labels[s]) if request.labels[s] in classes else NO_LABEL
+            for s in sources
+        ]
+        label, contour = torch.tensor(numbers, device=device), None
+        if request.contours is not None:
+            contour = torch.from_numpy(request.contours[sources].astype(np.uint8)).to(device)
+        with precision.autocast():
+            denoiser = guide(
+                steer(unet, controlnet, contour, label), steer(unet), scheduler,
+                args.guidance_scale, args.guidance_interval, args.guidance_rescale,
+            )  # fmt: skip
+            z = SAMPLERS[args.sampler](
+                denoiser, scheduler, item_noise(args.seed, "sample", 0, items, shape).to(device),
+                timesteps,
+                lambda k: item_noise(args.seed, "ddpm", k, items, shape).to(device),
+            )  # fmt: skip
+            return vae.decode(z / LATENT_SCALE).clamp(-1, 1)[:, 0].cpu().numpy()
+
+    # Sample: each rank its part.
+    output.mkdir(parents=True, exist_ok=True)
+    mine, images, files = distributed.share(count), [], []
+    quiet = None if distributed.is_main() else True
+    with tqdm(total=len(mine), desc="sampling", disable=quiet, unit="slice") as bar:
+        for items in chunks(mine, args.batch_size):
+            for i, image in zip(items, draw(items), strict=True):
+                files.append(f"sample_{i:05d}{ct.SUFFIXES[args.format]}")
+                ct.write_slice(output / files[-1], image, window, args.format, args.pixel_spacing)
+                images.append(image)
+            bar.update(len(items))
+    files = [name for part in distributed.gather(files) for name in part]
+    images = [image for part in distributed.gather(images) for image in part]
+    if not distributed.is_main():
+        return
+
+    # The table, the grid, and how well the lungs follow the contours.
+    sources = [i % len(request.names) for i in range(count)]
+    checkpoints = [args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint or ""]
+    header = ["file", "contour", "label", "seed", "vae", "unet", "controlnet"]
+    rows = [
+        [name, request.names[s], request.labels[s], args.seed, *checkpoints]
+        for name, s in zip(files, sources, strict=True)
+    ]
+    write_table(output / "samples.csv", [header, *rows])
+    contours = None if request.contours is None else request.contours[sources].astype(np.uint8)
+    shown = None if contours is None else contours[:GRID]
+    write_samples(output / "grid.png", np.stack(images[:GRID]), shown)
+    print(f"{output}: {count} samples ({args.format}), samples.csv, grid.png")
+    if contours is not None:
+        agreement = dice(np.stack(images), contours, window)
+        print(f"mean Dice of contours and lungs segmented from the samples: {agreement:.3f}")
+
+
+def write_table(path: Path, rows: list[list]) -> None:
+    """Write a CSV file whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    replace_text(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,176 @@
+"""Train the ControlNet that steers a trained U-Net by contours, into controlnet_best.pth."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fibldm import distributed
+from fibldm.checkpoint import file_hash, load_model, require_equal, save_model
+from fibldm.controlnet import ControlNet, steer
+from fibldm.datasets import LatentDataset, encode_csv
+from fibldm.ema import EMA
+from fibldm.scheduler import CosineScheduler, diffusion_loss
+from fibldm.training import (
+    Batches,
+    Precision,
+    Run,
+    add_machine_options,
+    add_training_options,
+    fraction,
+    item_noise,
+    item_uniform,
+    make_parser,
+    optimizer_step,
+    positive,
+    run_script,
+)
+from fibldm.unet import NO_LABEL, UNet, contour_condition
+from fibldm.vae import VAE
+from fibldm.validation import Validation, add_validation_options
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__,
+        "  python train_controlnet.py --data_path ./data --csv_path label.csv \\\n"
+        "      --vae_checkpoint ./vae_run_1/vae_best.pth \\\n"
+        "      --unet_checkpoint ./model_runs/ldm_unet_run_1/unet_best.pth \\\n"
+        "      --save_dir ./model_runs/controlnet_run_1 --latent_dim 8 --latent_size 16 \\\n"
+        "      --contour_channels 1",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="./data", help="folder of the slices; encoded once")
+    data.add_argument("--csv_path", default="label.csv", help="their table, relative to it")
+    data.add_argument("--latent_data_dir", help="slices encoded before, instead of the two above")
+    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="their encoder")
+    data.add_argument(
+        "--unet_checkpoint", default="./model_runs/ldm_unet_run_1/unet_best.pth",
+        help="the U-Net to steer; it stays as it is",
+    )  # fmt: skip
+    data.add_argument(
+        "--save_dir", default="./model_runs/controlnet_run_1", help="the run's folder"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--latent_dim", type=positive, help="must be the data's (default: is)")
+    model.add_argument("--latent_size", type=positive, help="must be the data's (default: is)")
+    model.add_argument(
+        "--contour_channels", type=positive, default=1, help="must be the U-Net's and the data's"
+    )
+    model.add_argument(
+        "--label_dropout", type=fraction, default=0.1, help="how often the class label is withheld"
+    )
+    add_validation_options(parser)
+    add_training_options(
+        parser, steps=20_000, batch_size=32, lr=1e-4, warmup_steps=500, ema_decay=0.999,
+        save_interval=500, val_interval=2500,
+    )  # fmt: skip
+    add_machine_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # Setup.
+    device = distributed.setup(args.device)
+    precision = Precision(args.precision, device)
+    run = Run(args, device)
+    vae, vae_content = load_model(args.vae_checkpoint, VAE)
+    unet, unet_content = load_model(args.unet_checkpoint, UNet)
+    vae, unet = vae.to(device), unet.to(device)
+    require_equal(
+        f"{args.unet_checkpoint}: the SHA-256 of the VAE it was trained with",
+        unet_content["lineage"]["vae"],
+        file_hash(args.vae_checkpoint),
+        f"give the VAE that encoded its latents, not {args.vae_checkpoint}",
+    )
+    unet_channels = unet.config["contour_channels"]
+    require_equal("--contour_channels", args.contour_channels, unet_channels, "as the U-Net has")
+
+    # Data: latents made before, or made now, once.
+    folder = args.latent_data_dir
+    if folder is None:
+        folder = run.folder / "latents"
+        table = Path(args.data_path) / args.csv_path
+        with precision.autocast():
+            notes = encode_csv(
+                folder, table, args.data_path, vae, args.vae_checkpoint, vae_content,
+                args.contour_channels, device, batch_size=32, workers=args.num_workers,
+            )  # fmt: skip
+        for note in notes:
+            run.say(note)
+    data = LatentDataset(folder)
+    data.require_shape(args.latent_dim, args.latent_size)
+    lineage = {**data.lineage(args.vae_checkpoint), "unet": file_hash(args.unet_checkpoint)}
+    data.use_classes(unet_content["classes"])
+
+    # Model.
+    torch.manual_seed(args.seed)
+    controlnet = ControlNet(unet, data.image_size).to(device)
+    ema = EMA(controlnet, args.ema_decay)
+    optimizer = torch.optim.AdamW(
+        controlnet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    scaler = precision.scaler()
+    scheduler = CosineScheduler(device=device)
+    parts = {"controlnet": controlnet, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    progress = run.resume("train_controlnet", parts, lineage)
+    if args.compile:
+        controlnet.compile()
+        unet.compile()
+    model = distributed.wrap(controlnet, device)
+    train_rows = data.indices("train")
+    batches = Batches(train_rows, args, progress["step"])
+    order = iter(batches)
+    validation = Validation(data, vae, scheduler, args, precision, run)
+    run.say(
+        f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
+        f"validation; {sum(p.numel() for p in controlnet.parameters()) / 1e6:.1f} M parameters; "
+        f"{device}, {precision.name}, {distributed.world_size()} process(es)"
+    )
+
+    def validate_and_keep_best(step: int) -> None:
+        loss = validation.measure(lambda c, y: steer(unet, ema.model, c, y), run, step)
+        if run.is_best(loss) and distributed.is_main():
+            facts = {"window": list(data.window), "step": step}
+            save_model(run.folder / "controlnet_best.pth", ema.model, lineage, **facts)
+        run.end_validation(step)
+
+    # Train.
+    if run.validation_pending():
+        validate_and_keep_best(progress["step"])
+    for step in run.steps():
+        for part in range(args.grad_accum):
+            x0, contour, label = data.batch(next(order), device)
+
+            # Timestep, noise and withheld labels of each item.
+            items = batches.positions(part)
+            noise = item_noise(args.seed, "control", step, items, x0.shape[1:]).to(device)
+            draws = item_uniform(args.seed, "draws", step, items, 2).to(device)
+            t = (draws[:, 0] * scheduler.num_timesteps).long()
+            condition = contour_condition(contour, data.latent_size)
+            label = torch.where(draws[:, 1] < args.label_dropout, NO_LABEL, label)
+
+            # Loss.
+            def denoiser(x, t, contour=contour, condition=condition, label=label):
+                return unet(x, t, condition, label, model(x, t, contour, condition, label))
+
+            with distributed.sync_gradients(model, part + 1 == args.grad_accum):
+                with precision.autocast():
+                    loss = diffusion_loss(denoiser, scheduler, x0, t, noise).mean()
+                scaler.scale(loss / args.grad_accum).backward()
+            run.average(loss=loss)
+
+        # Step.
+        run.average(grad_norm=optimizer_step(optimizer, scaler, step, args))
+        scaler.update()
+        ema.update(controlnet)
+
+        # Log and save, sample and validate.
+        if run.end_step(step):
+            validate_and_keep_best(step)
+    run.say(f"{run.folder / 'controlnet_best.pth'}: validation loss {progress['best']:.4f}")
+    run.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,150 @@
+"""Train the U-Net to denoise latents, on a latent data set, into unet_best.pth."""
+
+import argparse
+
+import torch
+
+from fibldm import distributed
+from fibldm.checkpoint import load_model, save_model
+from fibldm.controlnet import steer
+from fibldm.datasets import LatentDataset
+from fibldm.ema import EMA
+from fibldm.scheduler import CosineScheduler, diffusion_loss
+from fibldm.training import (
+    Batches,
+    Precision,
+    Run,
+    add_machine_options,
+    add_training_options,
+    fraction,
+    item_noise,
+    item_uniform,
+    make_parser,
+    optimizer_step,
+    positive,
+    run_script,
+)
+from fibldm.unet import NO_LABEL, UNet, contour_condition
+from fibldm.vae import VAE
+from fibldm.validation import Validation, add_validation_options
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__,
+        "  python train_ldm_unet.py --latent_data_dir ./data/latents_dataset \\\n"
+        "      --vae_checkpoint ./vae_run_1/vae_best.pth \\\n"
+        "      --save_dir ./model_runs/ldm_unet_run_1 --latent_dim 8 --latent_size 16",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--latent_data_dir", default="./data/latents_dataset", help="encoded slices")
+    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="their encoder")
+    data.add_argument("--save_dir", default="./model_runs/ldm_unet_run_1", help="the run's folder")
+    model = parser.add_argument_group("model")
+    model.add_argument("--latent_dim", type=positive, help="must be the data's (default: is)")
+    model.add_argument("--latent_size", type=positive, help="must be the data's (default: is)")
+    model.add_argument(
+        "--channels", type=positive, nargs="+", default=[128, 256, 512],
+        help="width at each resolution; each halves the size",
+    )  # fmt: skip
+    model.add_argument("--blocks", type=positive, default=2, help="residual blocks a resolution")
+    model.add_argument(
+        "--contour_dropout", type=fraction, default=0.1, help="how often the contour is withheld"
+    )
+    model.add_argument(
+        "--label_dropout", type=fraction, default=0.1, help="how often the class label is withheld"
+    )
+    add_validation_options(parser)
+    add_training_options(
+        parser, steps=50_000, batch_size=64, lr=2e-4, warmup_steps=500, ema_decay=0.999,
+        save_interval=500, val_interval=2500,
+    )  # fmt: skip
+    add_machine_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    # Setup.
+    device = distributed.setup(args.device)
+    precision = Precision(args.precision, device)
+    run = Run(args, device)
+    data = LatentDataset(args.latent_data_dir)
+    data.require_shape(args.latent_dim, args.latent_size)
+    lineage = data.lineage(args.vae_checkpoint)
+    vae, _ = load_model(args.vae_checkpoint, VAE)
+
+    # Model.
+    torch.manual_seed(args.seed)
+    unet = UNet(
+        data.latent_dim, data.latent_size, data.contour_channels, len(data.classes),
+        tuple(args.channels), args.blocks,
+    ).to(device)  # fmt: skip
+    ema = EMA(unet, args.ema_decay)
+    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    scaler = precision.scaler()
+    scheduler = CosineScheduler(device=device)
+    parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    progress = run.resume("train_ldm_unet", parts, lineage)
+    if args.compile:
+        unet.compile()
+    model = distributed.wrap(unet, device)
+
+    # Data.
+    train_rows = data.indices("train")
+    batches = Batches(train_rows, args, progress["step"])
+    order = iter(batches)
+    validation = Validation(data, vae.to(device), scheduler, args, precision, run)
+    run.say(
+        f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
+        f"validation; classes {data.classes or 'none'}; "
+        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters; {device}, "
+        f"{precision.name}, {distributed.world_size()} process(es)"
+    )
+
+    def validate_and_keep_best(step: int) -> None:
+        loss = validation.measure(lambda c, y: steer(ema.model, None, c, y), run, step)
+        if run.is_best(loss) and distributed.is_main():
+            facts = {"window": list(data.window), "classes": data.classes, "step": step}
+            save_model(run.folder / "unet_best.pth", ema.model, lineage, **facts)
+        run.end_validation(step)
+
+    # Train.
+    if run.validation_pending():
+        validate_and_keep_best(progress["step"])
+    for step in run.steps():
+        for part in range(args.grad_accum):
+            x0, contour, label = data.batch(next(order), device)
+
+            # Timestep, noise and withheld conditions of each item.
+            items = batches.positions(part)
+            noise = item_noise(args.seed, "unet", step, items, x0.shape[1:]).to(device)
+            draws = item_uniform(args.seed, "draws", step, items, 3).to(device)
+            t = (draws[:, 0] * scheduler.num_timesteps).long()
+            contour = contour_condition(
+                contour, data.latent_size, draws[:, 1] >= args.contour_dropout
+            )
+            label = torch.where(draws[:, 2] < args.label_dropout, NO_LABEL, label)
+
+            # Loss.
+            with distributed.sync_gradients(model, part + 1 == args.grad_accum):
+                with precision.autocast():
+                    loss = diffusion_loss(
+                        lambda x, t: model(x, t, contour, label), scheduler, x0, t, noise
+                    ).mean()
+                scaler.scale(loss / args.grad_accum).backward()
+            run.average(loss=loss)
+
+        # Step.
+        run.average(grad_norm=optimizer_step(optimizer, scaler, step, args))
+        scaler.update()
+        ema.update(unet)
+
+        # Log and save, sample and validate.
+        if run.end_step(step):
+            validate_and_keep_best(step)
+    run.say(f"{run.folder / 'unet_best.pth'}: validation loss {progress['best']:.4f}")
+    run.close()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
