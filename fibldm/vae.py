@@ -14,6 +14,7 @@ from fibldm.layers import Downsample, ResBlock, SelfAttention, Upsample, group_n
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
+INITIAL_LOGVAR = -6.0
 
 
 class DiagonalGaussian(NamedTuple):
@@ -53,6 +54,9 @@ class Encoder(nn.Sequential):
             nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1),
         ]
         super().__init__(*layers)
+
+        # Start with little posterior noise: it hides the signal that is to be learnt first.
+        nn.init.constant_(self[-1].bias[latent_dim:], INITIAL_LOGVAR)
 
 
 class Decoder(nn.Sequential):
