@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Stage 2 of 5. Encodes the slices by the VAE -> $OUTPUT_DIR (latents.npy, manifest.csv, ...)
+# Edit below. GPUS, NODES and RDZV_ENDPOINT are taken from the environment: see launch.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+CSV_FILE=./data/label.csv                   # the table that the VAE was trained on
+IMG_DIR=./data/                             # folder that its paths are relative to
+VAE_CHECKPOINT=./vae_run_1/vae_best.pth     # from stage 1
+OUTPUT_DIR=./data/latents_dataset           # appears when it is whole
+CONTOUR_CHANNELS=1                          # 1: lung or not; K: contour files hold labels 0 to K
+BATCH_SIZE=32                               # slices that each GPU encodes at once
+
+launch encode_dataset.py \
+    --csv_file "$CSV_FILE" --img_dir "$IMG_DIR" --vae_checkpoint "$VAE_CHECKPOINT" \
+    --output_dir "$OUTPUT_DIR" --contour_channels "$CONTOUR_CHANNELS" --batch_size "$BATCH_SIZE" \
+    "$@"

@@ -1,0 +1,25 @@
+# Sourced by the launchers of the five stages: `launch SCRIPT OPTIONS...` runs a script of the
+# repository's root under torchrun, on the processes and nodes that these variables say.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+GPUS="${GPUS:-1}"                      # processes on this node: one a GPU (one is enough on a CPU)
+NODES="${NODES:-1}"                    # nodes; start the same command on each of them
+RDZV_ENDPOINT="${RDZV_ENDPOINT:-}"     # host:port of one of the nodes, the same on all (NODES > 1)
+
+command -v torchrun > /dev/null || PATH="$PWD/.venv/bin:$PATH"
+if ! command -v torchrun > /dev/null; then
+    echo "error: torchrun is not found; activate an environment with requirements.txt installed" >&2
+    exit 2
+fi
+
+launch() {
+    local nodes=(--standalone)
+    if [ "$NODES" -gt 1 ]; then
+        if [ -z "$RDZV_ENDPOINT" ]; then
+            echo "error: NODES=$NODES needs RDZV_ENDPOINT=host:port, the same on every node" >&2
+            exit 2
+        fi
+        nodes=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id fibldm)
+    fi
+    torchrun "${nodes[@]}" --nproc_per_node "$GPUS" "$@"
+}

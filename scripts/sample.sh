@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Stage 5 of 5. Samples new slices for the contours of held-out patients -> $OUTPUT_DIR
+# Edit below. GPUS, NODES and RDZV_ENDPOINT are taken from the environment: see launch.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+VAE_CHECKPOINT=./vae_run_1/vae_best.pth                                   # from stage 1
+UNET_CHECKPOINT=./model_runs/ldm_unet_run_1/unet_best.pth                 # from stage 3
+CONTROLNET_CHECKPOINT=./model_runs/controlnet_run_1/controlnet_best.pth   # from stage 4
+LATENT_DATA_DIR=./data/latents_dataset     # its contours are asked for
+SPLIT=val                                  # contours of which patients: train, val or test
+OUTPUT_DIR=./samples                       # gets the slices, samples.csv and grid.png
+
+NUM_SAMPLES=16                # contours are used in turn
+SAMPLER=dpmpp_2m              # dpmpp_2m, ddim, ddpm
+STEPS=20                      # evaluations of the denoiser
+GUIDANCE_SCALE=1.5            # 1: none; higher: closer to contour and label, less varied
+FORMAT=png                    # png: the window in 8 bits; npy, nifti, dicom: HU
+SEED=0                        # sample i depends on the seed and i alone
+
+launch sample.py \
+    --vae_checkpoint "$VAE_CHECKPOINT" --unet_checkpoint "$UNET_CHECKPOINT" \
+    --controlnet_checkpoint "$CONTROLNET_CHECKPOINT" \
+    --latent_data_dir "$LATENT_DATA_DIR" --split "$SPLIT" --output_dir "$OUTPUT_DIR" \
+    --num_samples "$NUM_SAMPLES" --sampler "$SAMPLER" --steps "$STEPS" \
+    --guidance_scale "$GUIDANCE_SCALE" --format "$FORMAT" --seed "$SEED" \
+    "$@"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stage 3 of 5. Trains the U-Net on the latents -> $SAVE_DIR/unet_best.pth
+# Edit below. GPUS, NODES and RDZV_ENDPOINT are taken from the environment: see launch.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+LATENT_DATA_DIR=./data/latents_dataset      # from stage 2
+VAE_CHECKPOINT=./vae_run_1/vae_best.pth     # from stage 1; decodes the samples of validation
+SAVE_DIR=./model_runs/ldm_unet_run_1        # the run's folder; the same command again resumes it
+
+LATENT_DIM=8                  # channels of the latents: checked against the data
+LATENT_SIZE=16                # side of the latents: checked against the data
+CHANNELS="128 256 512"        # width at each resolution
+STEPS=50000                   # optimizer steps
+BATCH_SIZE=64                 # latents a step, over all GPUs together
+LR=2e-4                       # learning rate
+VAL_INTERVAL=2500             # steps between validations (loss, samples, metrics)
+PRECISION=auto                # auto, fp32, bf16, fp16
+
+# shellcheck disable=SC2086  # CHANNELS is several words
+launch train_ldm_unet.py \
+    --latent_data_dir "$LATENT_DATA_DIR" --vae_checkpoint "$VAE_CHECKPOINT" --save_dir "$SAVE_DIR" \
+    --latent_dim "$LATENT_DIM" --latent_size "$LATENT_SIZE" --channels $CHANNELS \
+    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" \
+    --val_interval "$VAL_INTERVAL" --precision "$PRECISION" \
+    "$@"
