@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
                         discriminator.requires_grad_(False)
                         fool = -discriminator(recon).float().mean()
                         weight = adaptive_weight(
-                            scaler.scale(rec), scaler.scale(fool), vae.decoder[-1].weight
+                            scaler.scale(rec), scaler.scale(fool), vae.decoder.network[-1].weight
                         )
                         loss = loss + args.disc_weight * weight * fool
                         discriminator.requires_grad_(True)

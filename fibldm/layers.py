@@ -14,18 +14,27 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`; 1 where there is none."""
+    return next((d for d in range(limit, 1, -1) if number % d == 0), 1)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """At most 32 groups, of at least 4 channels: a group of one would lose its brightness."""
+    return nn.GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels)
 
 
 def timestep_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t (N,) at geometric frequencies (Vaswani et al. 2017) -> (N, channels) fp32."""
+    """Sinusoids of t (N,) at geometric frequencies (Vaswani et al. 2017) -> (N, channels) fp32.
+
+    An odd number of channels ends in a zero.
+    """
     half = channels // 2
     frequencies = torch.exp(
         -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
     )
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels % 2))
 
 
 class ResBlock(nn.Module):
@@ -61,9 +70,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 64) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels)
-        if channels % self.heads:
-            raise ValueError(f"{channels} channels do not divide into {self.heads} heads")
+        self.heads = largest_divisor(channels, channels // head_channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.query_norm = nn.RMSNorm(channels // self.heads)

@@ -34,10 +34,17 @@ class DiagonalGaussian(NamedTuple):
         return elements.sum(dim=(1, 2, 3)).mean()
 
 
-class Encoder(nn.Sequential):
-    """(N, 1, H, W) -> moments (N, 2C, h, w)."""
+class Encoder(nn.Module):
+    """(N, 1, H, W) -> moments (N, 2C, h, w): the network's, and for the mean a linear shortcut.
+
+    What is linear in a slice (most of its energy) passes the shortcut and is learnt at once; the
+    network adds the rest.
+    """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
+        super().__init__()
+        factor = patch * 2 ** (len(widths) - 1)
+        self.shortcut = nn.Conv2d(1, latent_dim, factor, stride=factor)
         layers: list[nn.Module] = [
             nn.PixelUnshuffle(patch),
             nn.Conv2d(patch * patch, widths[0], 3, padding=1),
@@ -53,16 +60,29 @@ class Encoder(nn.Sequential):
             nn.SiLU(),
             nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1),
         ]
-        super().__init__(*layers)
+        self.network = nn.Sequential(*layers)
 
         # Start with little posterior noise: it hides the signal that is to be learnt first.
-        nn.init.constant_(self[-1].bias[latent_dim:], INITIAL_LOGVAR)
+        nn.init.constant_(self.network[-1].bias[latent_dim:], INITIAL_LOGVAR)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Slices (N, 1, H, W) -> mean and log-variance, stacked, (N, 2C, h, w)."""
+        mean, logvar = self.network(x).chunk(2, dim=1)
+        return torch.cat([mean + self.shortcut(x), logvar], dim=1)
 
 
-class Decoder(nn.Sequential):
-    """(N, C, h, w) -> (N, 1, H, W). A last convolution at full resolution hides patch borders."""
+class Decoder(nn.Module):
+    """(N, C, h, w) -> (N, 1, H, W), with a linear shortcut as the encoder's.
+
+    The network's last convolution, at full resolution, hides the borders of patches.
+    """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
+        super().__init__()
+        factor = patch * 2 ** (len(widths) - 1)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(latent_dim, factor * factor, 3, padding=1), nn.PixelShuffle(factor)
+        )
         layers: list[nn.Module] = [
             nn.Conv2d(latent_dim, widths[-1], 3, padding=1),
             ResBlock(widths[-1], widths[-1]),
@@ -79,7 +99,11 @@ class Decoder(nn.Sequential):
             nn.PixelShuffle(patch),
             nn.Conv2d(8, 1, 3, padding=1),
         ]
-        super().__init__(*layers)
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (N, C, h, w) -> slices (N, 1, H, W)."""
+        return self.network(z) + self.shortcut(z)
 
 
 class VAE(nn.Module):

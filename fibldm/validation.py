@@ -54,8 +54,8 @@ class Validation:
         self.rows = [held[int(i)] for i in picked]
         self.mine = [self.rows[i] for i in distributed.share(len(self.rows))]
         self.metrics = RealismMetrics(self.device)
-        for name, remedy in self.metrics.missing.items():
-            run.say(f"validation without {name}: {remedy}")
+        for remedy in dict.fromkeys(self.metrics.missing.values()):
+            run.say(remedy)
         real = [held[i] for i in distributed.share(len(held))]
         for rows in chunks(real, BATCH):
             self.metrics.update_real(data.heldout_images(rows, self.device))

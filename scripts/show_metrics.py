@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
         cells = [f"{v[name]:.4g}" if name in v else MISSING for v in columns.values()]
         print(f"{name:14}" + "".join(f"{cell:>{width}}" for cell in cells))
     print(
-        f"\n{MISSING}: not measured; FID and KID belong to the diffusion stages, and they and LPIPS "
-        "need weights:\n   python scripts/fetch_metric_weights.py, once"
+        f"\n{MISSING}: not measured. FID and KID belong to the diffusion stages; they and LPIPS "
+        "need weights,\n   which scripts/fetch_metric_weights.py makes once."
     )
 
 

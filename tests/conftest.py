@@ -1,0 +1,95 @@
+"""Data and tiny trained stages that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import encode_dataset
+import train_controlnet
+import train_ldm_unet
+import train_vae
+from fibldm.phantom import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Options that make a run small and quick; each stage adds its own.
+QUICK = ["--device", "cpu", "--batch_size", "4", "--num_workers", "0", "--warmup_steps", "2"]
+TINY_VAE = ["--image_size", "32", "--latent_size", "8", "--latent_dim", "4"]
+TINY_VAE += ["--base_channels", "8", "--blocks", "1", "--val_fraction", "0.3"]
+TINY_UNET = ["--channels", "8", "16", "--blocks", "1"]
+TINY_VALIDATION = ["--val_samples", "4", "--val_sampling_steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def ct_folder() -> Path:
+    """The folder of real CT; the test is skipped where there is none."""
+    folder = Path(os.environ.get("FIBLDM_CT", ROOT.parent / "shared" / "ct"))
+    if not (folder / "lungs" / "label.csv").is_file():
+        pytest.skip(f"no real CT at {folder} (set FIBLDM_CT)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def without_weights(tmp_path_factory):
+    """No metric weights are found: Inception would take most of a tiny run's time."""
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch_home"))
+    yield
+    if before is None:
+        del os.environ["TORCH_HOME"]
+    else:
+        os.environ["TORCH_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """12 synthetic patients, 2 slices of 32x32 each, with labels."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_dataset(folder, patients=12, slices_per_patient=2, size=32)
+    return folder
+
+
+def vae_options(data: Path, save_dir: Path, *more: str) -> list[str]:
+    table = ["--csv_file", str(data / "label.csv"), "--img_dir", str(data)]
+    return [*table, "--save_dir", str(save_dir), *QUICK, *TINY_VAE, *more]
+
+
+def unet_options(stages: Path, save_dir: Path, *more: str) -> list[str]:
+    inputs = ["--latent_data_dir", str(stages / "latents")]
+    inputs += ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth")]
+    return [*inputs, "--save_dir", str(save_dir), *QUICK, *TINY_UNET, *TINY_VALIDATION, *more]
+
+
+def controlnet_options(stages: Path, save_dir: Path, *more: str) -> list[str]:
+    inputs = ["--latent_data_dir", str(stages / "latents")]
+    inputs += ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth")]
+    inputs += ["--unet_checkpoint", str(stages / "unet" / "unet_best.pth")]
+    return [*inputs, "--save_dir", str(save_dir), *QUICK, *TINY_VALIDATION, *more]
+
+
+def sample_options(stages: Path, output_dir: Path, *more: str) -> list[str]:
+    models = ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth")]
+    models += ["--unet_checkpoint", str(stages / "unet" / "unet_best.pth")]
+    models += ["--controlnet_checkpoint", str(stages / "controlnet" / "controlnet_best.pth")]
+    return [*models, "--output_dir", str(output_dir), "--steps", "3", "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory, phantoms, without_weights) -> Path:
+    """A folder with vae/, latents/, unet/ and controlnet/, each trained for a few steps."""
+    folder = tmp_path_factory.mktemp("stages")
+    train_vae.main(train_vae.parse_args(vae_options(phantoms, folder / "vae", "--steps", "6")))
+    arguments = ["--csv_file", str(phantoms / "label.csv"), "--img_dir", str(phantoms)]
+    arguments += ["--vae_checkpoint", str(folder / "vae" / "vae_best.pth"), "--device", "cpu"]
+    arguments += ["--output_dir", str(folder / "latents"), "--num_workers", "0"]
+    encode_dataset.main(encode_dataset.parse_args(arguments))
+    train_ldm_unet.main(
+        train_ldm_unet.parse_args(unet_options(folder, folder / "unet", "--steps", "4"))
+    )
+    train_controlnet.main(
+        train_controlnet.parse_args(
+            controlnet_options(folder, folder / "controlnet", "--steps", "4")
+        )
+    )
+    return folder

@@ -1,0 +1,531 @@
+"""label.csv and its split, slices as tensors, and latent data sets: whole, checked, refused."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fibldm import ct, datasets
+from fibldm.checkpoint import file_hash, load, save, save_model
+from fibldm.datasets import CTDataset, LatentDataset, Split, encode_csv, read_table, write_latents
+from fibldm.unet import NO_LABEL
+from fibldm.vae import LATENT_SCALE, VAE
+
+CPU = torch.device("cpu")
+SIZE = 16
+HEADER = "image,contour,patient_id,label,split"
+SPLIT = Split(0, 0.2, 0.1)
+
+
+def write_pair(root: Path, name: str, size: tuple[int, int] = (SIZE, SIZE), seed: int = 0) -> None:
+    """An 8-bit image and its contour, a rectangle of 255."""
+    pixels = np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8)
+    contour = np.zeros(size, np.uint8)
+    contour[2 : size[0] // 2, 3:-2] = 255
+    Image.fromarray(pixels).save(root / f"{name}.png")
+    Image.fromarray(contour).save(root / f"{name}_c.png")
+
+
+def make_data(root: Path, splits: str = "ttttvvs", slices: int = 2) -> Path:
+    """A folder with a label.csv; a letter of `splits` is a patient: train, val or test."""
+    root.mkdir(parents=True, exist_ok=True)
+    names, lines = {"t": "train", "v": "val", "s": "test"}, [HEADER]
+    for patient, letter in enumerate(splits):
+        for k in range(slices):
+            name = f"p{patient}_{k}"
+            write_pair(root, name, seed=10 * patient + k)
+            label = ("healthy", "fibrosis")[patient % 2]
+            lines.append(f"{name}.png,{name}_c.png,p{patient},{label},{names[letter]}")
+    (root / "label.csv").write_text("\n".join(lines) + "\n")
+    return root / "label.csv"
+
+
+def table(root: Path, text: str, split: Split = SPLIT, files: bool = True):
+    """`read_table` of a text, with the files that its first two columns name."""
+    (root / "label.csv").write_text(text)
+    if files:
+        for line in text.splitlines()[1:]:
+            for name in line.split(",")[:2]:
+                (root / name.strip()).touch()
+    return read_table(root / "label.csv", root, split)
+
+
+def patients(count: int, **columns: str) -> str:
+    """label.csv of so many patients with two slices each."""
+    lines = [",".join(["image", "contour", "patient_id", *columns])]
+    for i in range(2 * count):
+        lines.append(",".join([f"{i}.png", f"{i}_c.png", f"p{i // 2}", *columns.values()]))
+    return "\n".join(lines)
+
+
+# The split.
+
+
+def test_split_fractions():
+    parts = [Split(3, 0.2, 0.1).of(f"patient {i}") for i in range(5000)]
+    assert parts.count("val") / 5000 == pytest.approx(0.2, abs=0.02)
+    assert parts.count("test") / 5000 == pytest.approx(0.1, abs=0.02)
+
+
+def test_split_depends_on_seed_and_patient_alone():
+    first, second = Split(0, 0.5, 0.2), Split(1, 0.5, 0.2)
+    names = [f"p{i}" for i in range(200)]
+    assert [first.of(n) for n in names] == [Split(0, 0.5, 0.2).of(n) for n in names]
+    assert [first.of(n) for n in names] != [second.of(n) for n in names]
+    assert Split(0, 0.2, 0.1).of("p0") == "train"  # of all time: SHA-256 of "0:p0"
+
+
+def test_more_patients_reshuffle_nobody(tmp_path):
+    few, _ = table(tmp_path, patients(20))
+    many, _ = table(tmp_path, patients(60))
+    assert [row.split for row in few] == [row.split for row in many[:40]]
+    assert {row.split for row in many} == {"train", "val", "test"}
+
+
+def test_a_patient_is_in_one_split(tmp_path):
+    rows, notes = table(tmp_path, patients(40))
+    for a, b in zip(rows[::2], rows[1::2], strict=True):
+        assert a.patient_id == b.patient_id and a.split == b.split
+    assert notes == []
+
+
+def test_the_split_column_wins(tmp_path):
+    lines = ["a.png,a_c.png,p0,,test", "b.png,b_c.png,p1,,train", "c.png,c_c.png,p2,,VAL"]
+    for split in (Split(0, 0.0, 0.0), Split(1, 1.0, 0.0)):
+        rows, _ = table(tmp_path, "\n".join([HEADER, *lines]), split)
+        assert [row.split for row in rows] == ["test", "train", "val"]
+
+
+def test_without_patient_id_each_row_is_a_patient_and_the_user_is_warned(tmp_path):
+    lines = ["image,contour", *(f"{i}.png,{i}_c.png" for i in range(40))]
+    rows, notes = table(tmp_path, "\n".join(lines))
+    assert [row.patient_id for row in rows] == [f"{i}.png" for i in range(40)]
+    assert len(notes) == 1 and re.search(r"WARNING.*patient_id.*held-out", notes[0])
+
+
+# label.csv.
+
+
+def test_rows_are_read(tmp_path):
+    text = f"{HEADER}\n a.png , a_c.png,p0, fibrosis ,train\n\nb.png,b_c.png,p1,,val\n"
+    rows, notes = table(tmp_path, text)
+    assert rows == [
+        datasets.Row("a.png", "a_c.png", "p0", "fibrosis", "train"),
+        datasets.Row("b.png", "b_c.png", "p1", "", "val"),
+    ]
+    assert notes == []
+
+
+def test_columns_in_another_order_with_a_byte_order_mark(tmp_path):
+    text = "\ufeffSplit,Contour,patient_id,Image\ntrain,a_c.png,p0,a.png\nval,b_c.png,p1,b.png\n"
+    for name in ("a.png", "a_c.png", "b.png", "b_c.png"):
+        (tmp_path / name).touch()
+    rows, _ = table(tmp_path, text, files=False)
+    assert [row.image for row in rows] == ["a.png", "b.png"]
+    assert [row.contour for row in rows] == ["a_c.png", "b_c.png"]
+    assert [row.split for row in rows] == ["train", "val"]
+
+
+def test_a_byte_order_mark_hides_no_first_column(tmp_path):
+    _, notes = table(tmp_path, "\ufeff" + patients(20))
+    assert notes == []
+
+
+def test_other_names_mean_image_and_contour(tmp_path):
+    text = patients(20).replace("image,contour", "slice_path,mask_path")
+    rows, notes = table(tmp_path, text)
+    assert rows[0].image == "0.png" and rows[0].contour == "0_c.png"
+    assert rows[0].patient_id == "p0"
+    assert len(notes) == 1 and "slice_path" in notes[0] and "mask_path" in notes[0]
+
+
+def test_cells_may_be_quoted(tmp_path):
+    for name in ("a,1.png", "a_c.png", "b.png", "b_c.png"):
+        (tmp_path / name).touch()
+    text = f'{HEADER}\n"a,1.png",a_c.png,p0,"x, y",train\nb.png,b_c.png,p1,,val\n'
+    rows, _ = table(tmp_path, text, files=False)
+    assert rows[0].image == "a,1.png" and rows[0].label == "x, y"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "0 lines"),
+        ("\n\n", "0 lines"),
+        (HEADER + "\n", "1 lines.*header"),
+        ("image\na.png\nb.png\n", "1 column.*image.*contour"),
+        (f"{HEADER}\na.png,a_c.png\n", "1 lines have fewer cells.*5.*line 2.*a_c.png"),
+        (f"{HEADER}\na.png,c.png,p0,,validation\n", "'validation'.*train, val, test"),
+        (f"{HEADER}\na.png,c.png,p0,,train\nb.png,d.png,p0,,val\n", "p0.*train.*val"),
+        (f"{HEADER}\na.png,c.png,p0,,train\nb.png,d.png,p1,,test\n", "2 patients.*val split"),
+        (f"{HEADER}\na.png,c.png,p0,,val\nb.png,d.png,p1,,test\n", "2 patients.*train split"),
+    ],
+)
+def test_bad_tables_are_refused_by_name(tmp_path, text, match):
+    with pytest.raises(ValueError, match=rf"(?s)label\.csv: .*{match}"):
+        table(tmp_path, text)
+
+
+def test_an_empty_image_cell_is_refused(tmp_path):
+    write_pair(tmp_path, "a")
+    text = f"{HEADER}\n,a_c.png,p0,,train\na.png,a_c.png,p1,,val\n"
+    with pytest.raises(ValueError, match=r"label\.csv: 1 files are missing"):
+        table(tmp_path, text, files=False)
+
+
+def test_a_table_that_is_missing_or_no_text_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.csv: no such file"):
+        read_table(tmp_path / "gone.csv", tmp_path, SPLIT)
+    (tmp_path / "label.csv").write_bytes(b"image,contour\n\xff\xfe\xfa,b\n")
+    with pytest.raises(ValueError, match=r"label\.csv: not a CSV"):
+        read_table(tmp_path / "label.csv", tmp_path, SPLIT)
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 50])
+def test_missing_files_are_listed_20_at_most_and_counted(tmp_path, count):
+    text = patients(50)
+    table(tmp_path, text)
+    for i in range(count):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match=rf"label\.csv: {count} files are missing") as error:
+        table(tmp_path, text, files=False)
+    message = str(error.value)
+    assert message.count(".png") == min(count, 20)
+    assert "\n  0.png" in message
+    assert (f"and {count - 20} more" in message) == (count > 20)
+
+
+# Slices.
+
+
+def dataset_of(csv_file: Path, size: int = SIZE, **options) -> CTDataset:
+    rows, _ = read_table(csv_file, csv_file.parent, SPLIT)
+    return CTDataset(rows, csv_file.parent, csv_file.parent, size, **options)
+
+
+def test_items_are_the_files(tmp_path):
+    data = dataset_of(make_data(tmp_path))
+    item = data[3]
+    stored = np.asarray(Image.open(tmp_path / "p1_1.png")).astype(np.float32)
+    np.testing.assert_allclose(item["image"][0].numpy(), stored / 127.5 - 1, atol=1e-5)
+    contour = np.asarray(Image.open(tmp_path / "p1_1_c.png")) > 0
+    np.testing.assert_array_equal(item["contour"][0].numpy(), contour)
+    assert item["image"].dtype == torch.float32 and item["contour"].dtype == torch.uint8
+    assert int(item["row"]) == 3 and len(data) == 14
+    assert data.indices("val") == [8, 9, 10, 11] and data.indices("val", "test")[-1] == 13
+
+
+@pytest.mark.parametrize("place", ["table", "root"])
+def test_16_bit_slices_take_dataset_json_beside_the_table_or_in_the_root(tmp_path, place):
+    csv_file = make_data(tmp_path / "root", "tv", slices=1)
+    stored = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 5
+    Image.fromarray(stored).save(tmp_path / "root" / "p0_0.png")
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    folder = {"table": tables, "root": tmp_path / "root"}[place]
+    content = {"rescale_slope": 1, "rescale_intercept": -1024}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    rows, _ = read_table(csv_file, tmp_path / "root", SPLIT)
+    image = CTDataset(rows, tmp_path / "root", tables, SIZE)[0]["image"][0]
+    np.testing.assert_allclose(image, ct.hu_to_unit(stored - 1024.0), atol=1e-5)
+
+
+def test_the_window_is_the_one_asked_for(tmp_path):
+    csv_file = make_data(tmp_path, "tv", slices=1)
+    hu = np.linspace(-2000, 1000, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.float32)
+    np.save(tmp_path / "a.npy", hu)
+    csv_file.write_text(csv_file.read_text().replace("p0_0.png", "a.npy"))
+    image = dataset_of(csv_file, window=(-1350.0, 150.0))[0]["image"][0]
+    np.testing.assert_allclose(image, np.clip((hu + 600) / 750, -1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(20, 32), (32, 32), (24, 24), (9, 8), (16, 16)])
+def test_contours_stay_binary_and_images_in_range(tmp_path, size):
+    csv_file = make_data(tmp_path, "tv", slices=1)
+    write_pair(tmp_path, "p0_0", size)
+    item = dataset_of(csv_file)[0]
+    assert item["image"].shape == item["contour"].shape == (1, SIZE, SIZE)
+    assert set(item["contour"].unique().tolist()) == {0, 1}
+    assert item["image"].min() >= -1 and item["image"].max() <= 1
+
+
+def test_padding_is_air_outside_of_the_contour(tmp_path):
+    csv_file = make_data(tmp_path, "tv", slices=1)
+    Image.fromarray(np.full((8, 16), 200, np.uint8)).save(tmp_path / "p0_0.png")
+    Image.fromarray(np.full((8, 16), 255, np.uint8)).save(tmp_path / "p0_0_c.png")
+    item = dataset_of(csv_file)[0]
+    assert (item["image"][0, :4] == -1).all() and (item["image"][0, 12:] == -1).all()
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
+    inside[4:12] = 1
+    assert torch.equal(item["contour"][0], inside)
+
+
+def test_a_pixel_is_in_the_contour_where_half_of_it_is(tmp_path):
+    csv_file = make_data(tmp_path, "tv", slices=1)
+    write_pair(tmp_path, "p0_0", (2 * SIZE, 2 * SIZE))
+    fine = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
+    fine[0, 0], fine[0, 2:4], fine[0:2, 4:6] = 255, 255, 255  # 1, 2 and 4 of 4 pixels
+    Image.fromarray(fine).save(tmp_path / "p0_0_c.png")
+    contour = dataset_of(csv_file)[0]["contour"][0]
+    assert contour[0, :4].tolist() == [0, 1, 1, 0] and int(contour.sum()) == 2
+
+
+def test_contour_channels(tmp_path):
+    csv_file = make_data(tmp_path, "tv", slices=1)
+    labels = np.zeros((SIZE, SIZE), np.uint8)
+    labels[:4], labels[8:] = 1, 2
+    Image.fromarray(labels).save(tmp_path / "p0_0_c.png")
+    contour = dataset_of(csv_file, contour_channels=2)[0]["contour"]
+    np.testing.assert_array_equal(contour, np.stack([labels == 1, labels == 2]))
+
+
+def test_a_contour_of_another_size_is_refused_with_both(tmp_path):
+    csv_file = make_data(tmp_path)
+    Image.fromarray(np.zeros((SIZE, 12), np.uint8)).save(tmp_path / "p0_0_c.png")
+    with pytest.raises(ValueError, match=r"p0_0_c\.png.*\(16, 12\).*p0_0\.png.*\(16, 16\)"):
+        dataset_of(csv_file)[0]
+
+
+def test_check_lists_all_bad_rows(tmp_path):
+    csv_file = make_data(tmp_path)
+    dataset_of(csv_file).check()
+    (tmp_path / "p1_0.png").write_bytes(b"no image")
+    whole = (tmp_path / "p2_1.png").read_bytes()
+    (tmp_path / "p2_1.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "p6_1_c.png")
+    with pytest.raises(ValueError, match="3 of 14 rows are bad") as error:
+        dataset_of(csv_file).check()
+    for name in ("p1_0.png", "p2_1.png", "p6_1_c.png"):
+        assert str(error.value).count(f"\n  {tmp_path / name}: ") == 1
+
+
+def test_notes_say_what_is_assumed(tmp_path):
+    csv_file = make_data(tmp_path)
+    (note,) = dataset_of(csv_file).notes()
+    assert re.search(r"dataset\.json.*8-bit.*0 is -1000 HU, 255 is 400 HU", note)
+    notes = dataset_of(csv_file, size=8).notes()
+    assert len(notes) == 2 and "16x16" in notes[1] and "8x8" in notes[1]
+    content = {"rescale_slope": 5, "rescale_intercept": -1000}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert dataset_of(csv_file).notes() == []
+
+
+# Latents.
+
+
+def tiny_vae(seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    return VAE(SIZE, 4, 3, base_channels=6, blocks=1).requires_grad_(False).eval()
+
+
+def save_vae(path: Path, seed: int = 0) -> Path:
+    facts = {"window": [-1000.0, 400.0], "split": vars(SPLIT), "step": 1}
+    save_model(path, tiny_vae(seed), {}, **facts)
+    return path
+
+
+def encode(folder: Path, csv_file: Path, vae_file: Path, **options) -> list[str]:
+    content = load(vae_file, "vae")
+    vae = VAE(**content["config"]).eval()
+    vae.load_state_dict(content["state"])
+    options = {"contour_channels": 1, **options}
+    return encode_csv(
+        folder, csv_file, csv_file.parent, vae, vae_file, content, device=CPU, batch_size=4,
+        workers=0, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def latents(tmp_path) -> tuple[Path, Path, Path]:
+    """A latent data set, its table and its VAE."""
+    csv_file, vae_file = make_data(tmp_path / "data"), save_vae(tmp_path / "vae.pth")
+    encode(tmp_path / "latents", csv_file, vae_file)
+    return tmp_path / "latents", csv_file, vae_file
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_latents_are_those_of_the_vae(latents):
+    folder, csv_file, vae_file = latents
+    data, slices, vae = LatentDataset(folder), dataset_of(csv_file), tiny_vae()
+    assert len(data) == 14
+    rows = [0, 5, 13]
+    batch, contours, labels = data.batch(rows, CPU)
+    images = torch.stack([slices[row]["image"] for row in rows])
+    expected = vae.encode(images).mean * LATENT_SCALE
+    torch.testing.assert_close(batch, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(contours, torch.stack([slices[row]["contour"] for row in rows]))
+    assert data.classes == ["fibrosis", "healthy"] and labels.tolist() == [1, 1, 1]
+    assert [row.split for row in data.rows] == [row.split for row in slices.rows]
+    assert [row.patient_id for row in data.rows] == [row.patient_id for row in slices.rows]
+    assert data.window == (-1000.0, 400.0)
+    assert data.meta["vae_sha256"] == file_hash(vae_file)
+    assert data.meta["latents_sha256"] == file_hash(folder / "latents.npy")
+
+
+def test_latents_are_memory_mapped(latents):
+    data = LatentDataset(latents[0])
+    assert isinstance(data.latents, np.memmap) and isinstance(data.contours, np.memmap)
+
+
+def test_held_out_slices_are_kept_and_training_slices_are_not(latents):
+    folder, csv_file, _ = latents
+    data, slices = LatentDataset(folder), dataset_of(csv_file)
+    held = data.indices("val", "test")
+    images = data.heldout_images(held[::-1], CPU)
+    expected = torch.stack([slices[row]["image"] for row in held[::-1]])
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=0)
+    with pytest.raises(KeyError):
+        data.heldout_images([0], CPU)
+
+
+def test_labels_are_numbered_as_the_model_has_them(latents):
+    data = LatentDataset(latents[0])
+    data.use_classes(["other", "fibrosis"])
+    _, _, labels = data.batch([0, 2], CPU)
+    assert labels.tolist() == [NO_LABEL, 1]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_latents_appear_whole_or_not_at_all(tmp_path, monkeypatch, existing):
+    folder, data, vae = tmp_path / "latents", dataset_of(make_data(tmp_path / "data")), tiny_vae()
+    if existing:
+        write_latents(folder, data, vae, {"vae_sha256": "x"}, CPU)
+        before = tree(folder)
+    calls, encode = [], vae.encode
+
+    def fail_on_third(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return encode(x)
+
+    monkeypatch.setattr(vae, "encode", fail_on_third)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_latents(folder, data, vae, {"vae_sha256": "y"}, CPU, batch_size=4)
+    assert folder.exists() == existing
+    if existing:
+        assert tree(folder) == before
+    monkeypatch.undo()
+    write_latents(folder, data, vae, {"vae_sha256": "y"}, CPU, batch_size=4)
+    assert LatentDataset(folder).meta["vae_sha256"] == "y"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "latents"]
+
+
+def test_latents_that_are_not_finite_are_not_written(tmp_path):
+    folder, data, vae = tmp_path / "latents", dataset_of(make_data(tmp_path / "data")), tiny_vae()
+    vae.latent_shift.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"latents: not written.*not finite"):
+        write_latents(folder, data, vae, {}, CPU)
+    assert not folder.exists()
+
+
+def test_encoding_again_finds_the_same_latents(latents):
+    folder, csv_file, vae_file = latents
+    before = tree(folder)
+    notes = encode(folder, csv_file, vae_file)
+    assert "nothing to encode" in notes[-1]
+    assert tree(folder) == before
+    encode(folder, csv_file, vae_file, overwrite=True)
+    assert tree(folder) == before
+
+
+def test_latents_of_another_vae_or_table_are_refused_with_both_hashes(latents, tmp_path):
+    folder, csv_file, vae_file = latents
+    before = tree(folder)
+    other = save_vae(tmp_path / "other.pth", seed=1)
+    hashes = file_hash(vae_file), file_hash(other)
+    with pytest.raises(ValueError, match=rf"vae_sha256.*{hashes[0]}.*{hashes[1]}.*--overwrite"):
+        encode(folder, csv_file, other)
+
+    old = file_hash(csv_file)
+    csv_file.write_text(csv_file.read_text().replace("healthy", "normal"))
+    with pytest.raises(ValueError, match=rf"label_csv.*{old}.*{file_hash(csv_file)}"):
+        encode(folder, csv_file, vae_file)
+    with pytest.raises(ValueError, match=r"label_csv|contour channels: found 1, expected 2"):
+        encode(folder, csv_file, vae_file, contour_channels=2)
+    assert tree(folder) == before
+
+    encode(folder, csv_file, other, overwrite=True)
+    assert LatentDataset(folder).meta["vae_sha256"] == hashes[1]
+    assert LatentDataset(folder).classes == ["fibrosis", "normal"]
+
+
+def test_other_contour_channels_are_refused_with_both(latents):
+    folder, csv_file, vae_file = latents
+    with pytest.raises(ValueError, match=r"contour channels: found 1, expected 2"):
+        encode(folder, csv_file, vae_file, contour_channels=2)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_content_is_never_touched(latents, tmp_path, overwrite):
+    _, csv_file, vae_file = latents
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis: not a latent data set"):
+        encode(folder, csv_file, vae_file, overwrite=overwrite)
+    assert (folder / "chapter.txt").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(latents, tmp_path):
+    _, csv_file, vae_file = latents
+    (tmp_path / "empty").mkdir()
+    encode(tmp_path / "empty", csv_file, vae_file)
+    assert len(LatentDataset(tmp_path / "empty")) == 14
+
+
+def test_the_split_comes_from_the_vae(latents, tmp_path):
+    _, csv_file, vae_file = latents
+    lines = [",".join(line.split(",")[:3]) for line in csv_file.read_text().splitlines()]
+    csv_file.write_text("\n".join(lines))
+    content = load(vae_file, "vae")
+    for seed in (0, 1, 2):
+        split = Split(seed, 0.4, 0.1)
+        save(vae_file, {**content, "split": vars(split)})
+        encode(tmp_path / f"latents_{seed}", csv_file, vae_file)
+        rows = LatentDataset(tmp_path / f"latents_{seed}").rows
+        assert [row.split for row in rows] == [split.of(row.patient_id) for row in rows]
+
+
+def test_another_vae_than_the_latents_is_refused_with_both_hashes(latents, tmp_path):
+    folder, _, vae_file = latents
+    data, other = LatentDataset(folder), save_vae(tmp_path / "other.pth", seed=1)
+    assert data.lineage(vae_file) == {
+        "vae": file_hash(vae_file),
+        "latents": file_hash(folder / "latents.npy"),
+    }
+    with pytest.raises(ValueError, match=rf"other\.pth.*{file_hash(other)}.*{file_hash(vae_file)}"):
+        data.lineage(other)
+    with pytest.raises(ValueError, match=r"gone\.pth.*no such file"):
+        data.lineage(tmp_path / "gone.pth")
+
+
+def test_options_that_are_not_the_data_are_refused_with_both_values(latents):
+    data = LatentDataset(latents[0])
+    data.require_shape(3, 4)
+    data.require_shape(None, None)
+    with pytest.raises(ValueError, match=r"--latent_dim 8.*have 3"):
+        data.require_shape(8, 4)
+    with pytest.raises(ValueError, match=r"--latent_size 16.*have 4"):
+        data.require_shape(3, 16)
+
+
+@pytest.mark.parametrize(
+    "name", ["meta.json", "manifest.csv", "latents.npy", "contours.npy", "heldout_images.npy"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
+def test_damaged_latents_are_refused_by_name(latents, name, damage):
+    path = latents[0] / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    with pytest.raises(ValueError, match=re.escape(str(latents[0]))):
+        LatentDataset(latents[0])

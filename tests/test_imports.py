@@ -1,0 +1,159 @@
+"""The rules of the house, held by syntax trees: who imports whom, and what is never written."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = {path.stem: path for path in (ROOT / "fibldm").glob("*.py") if path.stem != "__init__"}
+STAGES = {path.stem: path for path in ROOT.glob("*.py")}
+TOOLS = {f"scripts/{path.stem}": path for path in (ROOT / "scripts").glob("*.py")}
+ALL = {**PACKAGE, **STAGES, **TOOLS}
+
+# What a module of the package may import from it, at most; a module not named here is free.
+MAY_IMPORT = {
+    "layers": set(),
+    "vae": {"layers"},
+    "unet": {"layers"},
+    "scheduler": set(),
+    "controlnet": {"layers", "unet", "scheduler"},
+    "samplers": {"scheduler"},
+    "ema": set(),
+    "losses": {"layers", "distributed"},
+    "distributed": set(),
+    "checkpoint": {"distributed"},
+    "ct": set(),
+    "lungs": set(),
+    "metrics": {"distributed"},
+    "training": {"distributed", "checkpoint"},
+}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it; `from a import b` is a and a.b."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "fibldm" if node.level and not node.module else node.module
+            module = f"fibldm.{module}" if node.level and node.module else module
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules_of_the_package(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imports(path)]
+    return {name[1] for name in parts if name[0] == "fibldm" and len(name) > 1} & PACKAGE.keys()
+
+
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+def name_of(call: ast.Call) -> str:
+    return ast.unparse(call.func)
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    """A call's keyword argument, as source."""
+    return next((ast.unparse(k.value) for k in call.keywords if k.arg == name), None)
+
+
+def test_this_test_sees_the_files():
+    assert MAY_IMPORT.keys() <= PACKAGE.keys()
+    assert {"train_vae", "encode_dataset", "train_ldm_unet", "train_controlnet", "sample"} == set(
+        STAGES
+    )
+    assert modules_of_the_package(STAGES["train_controlnet"]) >= {"unet", "checkpoint"}
+    assert modules_of_the_package(PACKAGE["losses"]) == {"layers", "distributed"}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_import_table(name):
+    assert modules_of_the_package(PACKAGE[name]) - MAY_IMPORT[name] == set()
+
+
+def test_no_circle_of_imports():
+    left = {name: modules_of_the_package(path) for name, path in PACKAGE.items()}
+    while ready := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in ready}
+    assert left == {}
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_the_package_imports_no_script(name):
+    scripts = {*STAGES, "scripts", *(path.stem for path in TOOLS.values())}
+    assert {found.split(".")[0] for found in imports(PACKAGE[name])} & scripts == set()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_scripts_do_not_import_each_other(name):
+    assert {found.split(".")[0] for found in imports(STAGES[name])} & STAGES.keys() == set()
+
+
+def test_the_package_is_flat_and_every_module_has_a_noun():
+    assert [p.name for p in (ROOT / "fibldm").iterdir() if p.is_dir()] in ([], ["__pycache__"])
+    empty_names = {"utils", "util", "misc", "common", "helpers", "helper", "base", "core"}
+    assert PACKAGE.keys() & empty_names == set()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_file_says_what_it_is(name):
+    assert ast.get_docstring(tree(ALL[name]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_never_written(name):
+    for node in ast.walk(tree(ALL[name])):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("module", "_orig_mod"), f"line {node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert "_orig_mod" not in node.value, f"line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except"
+            everything = {"Exception", "BaseException"} & {
+                n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)
+            }
+            raises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+            swallows = everything and not raises and name not in TOOLS
+            assert not swallows, f"line {node.lineno}: swallows every error"
+    for call in calls(ALL[name]):
+        if name_of(call) == "torch.load":
+            assert keyword(call, "weights_only") == "True", f"line {call.lineno}"
+        assert keyword(call, "allow_pickle") in (None, "False"), f"line {call.lineno}"
+        if name_of(call).split(".")[-1] == "DistributedDataParallel":
+            assert name == "distributed", f"line {call.lineno}: DDP only through wrap"
+            assert keyword(call, "find_unused_parameters") is None, f"line {call.lineno}"
+
+
+def test_backward_stands_in_each_training_script_and_not_in_the_package():
+    def has_backward(path: Path) -> bool:
+        return any(name_of(call).endswith(".backward") for call in calls(path))
+
+    assert {name for name, path in STAGES.items() if has_backward(path)} == {
+        *("train_vae", "train_ldm_unet", "train_controlnet")
+    }
+    assert [name for name, path in PACKAGE.items() if has_backward(path)] == []
+
+
+@pytest.mark.parametrize("name", ["train_vae", "train_ldm_unet", "train_controlnet"])
+def test_training_scripts_are_told_in_the_same_order(name):
+    lines = [line.strip() for line in STAGES[name].read_text().splitlines()]
+    setup, train = lines.index("# Setup."), lines.index("# Train.")
+    model = next(i for i, line in enumerate(lines) if line.startswith("# Model"))
+    data = next(i for i, line in enumerate(lines) if line.startswith("# Data"))
+    assert setup < min(model, data) and max(model, data) < train
+    functions = {n.name for n in tree(STAGES[name]).body if isinstance(n, ast.FunctionDef)}
+    assert {"parse_args", "main"} <= functions
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_runs_when_called(name):
+    last = tree(STAGES[name]).body[-1]
+    assert isinstance(last, ast.If) and "run_script(main, parse_args)" in ast.unparse(last)

@@ -1,0 +1,417 @@
+"""The scripts end to end: the design's commands on real slices, resume, processes, precision."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    controlnet_options,
+    sample_options,
+    unet_options,
+    vae_options,
+)
+from PIL import Image
+
+import encode_dataset
+import sample
+import train_controlnet
+import train_ldm_unet
+import train_vae
+from fibldm import ct
+from fibldm.checkpoint import load_model
+from fibldm.datasets import LatentDataset
+from fibldm.unet import UNet
+from fibldm.vae import LATENT_SCALE, VAE
+
+pytestmark = pytest.mark.usefixtures("without_weights", "one_thread")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes that are killed: the number of threads decides the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read_log(run_folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+SCRIPTS = {"vae": train_vae, "unet": train_ldm_unet, "controlnet": train_controlnet}
+
+
+def run(script, arguments):
+    script.main(script.parse_args([str(a) for a in arguments]))
+
+
+def options(stage, stages, phantoms, save_dir, *more):
+    """The tiny options of a training stage."""
+    if stage == "vae":
+        return vae_options(phantoms, save_dir, *more)
+    return {"unet": unet_options, "controlnet": controlnet_options}[stage](stages, save_dir, *more)
+
+
+def copy_slices(source: Path, target: Path, count: int) -> None:
+    """The first slices of a data set, with its table and dataset.json."""
+    rows = list(csv.reader((source / "label.csv").open()))[: count + 1]
+    for name in {cell for row in rows[1:] for cell in row[:2]}:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, target / name)
+    with open(target / "label.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    if (source / "dataset.json").is_file():
+        shutil.copy(source / "dataset.json", target)
+
+
+def test_the_five_commands_of_the_design_on_real_slices(ct_folder, tmp_path, monkeypatch):
+    """256x256 -> (8, 16, 16), flags as written there, plus small sizes and steps."""
+    copy_slices(ct_folder / "lungs", tmp_path / "data", 24)
+    monkeypatch.chdir(tmp_path)
+    small = "--batch_size 2 --num_workers 0 --device cpu --steps 2"
+    few = f"--val_samples 2 --val_sampling_steps 2 {small}"
+    models = """--vae_checkpoint ./vae_run_1/vae_best.pth
+        --unet_checkpoint ./model_runs/ldm_unet_run_1/unet_best.pth"""
+    run(train_vae, shlex.split(f"--base_channels 8 --blocks 1 --val_fraction 0.2 {small}"))
+    run(
+        encode_dataset,
+        shlex.split("""--csv_file ./data/label.csv --img_dir ./data/
+        --vae_checkpoint ./vae_run_1/vae_best.pth --output_dir ./data/latents_dataset"""),
+    )
+    run(
+        train_ldm_unet,
+        shlex.split(f"""--latent_data_dir ./data/latents_dataset
+        --vae_checkpoint ./vae_run_1/vae_best.pth --save_dir ./model_runs/ldm_unet_run_1
+        --latent_dim 8 --latent_size 16 --channels 16 32 {few}"""),
+    )
+    run(
+        train_controlnet,
+        shlex.split(f"""--data_path ./data --csv_path label.csv {models}
+        --save_dir ./model_runs/controlnet_run_1
+        --latent_dim 8 --latent_size 16 --contour_channels 1 {few}"""),
+    )
+    run(
+        sample,
+        shlex.split(f"""{models}
+        --controlnet_checkpoint ./model_runs/controlnet_run_1/controlnet_best.pth
+        --contours ./data/contours --num_samples 3 --sampler dpmpp_2m --steps 4
+        --guidance_scale 1.5 --format png --seed 0 --output_dir samples"""),
+    )
+
+    data = LatentDataset("data/latents_dataset")
+    assert data.latents.shape == (24, 8, 16, 16) and data.contours.shape == (24, 1, 256, 256)
+    made = LatentDataset("model_runs/controlnet_run_1/latents")
+    assert np.array_equal(made.latents, data.latents)
+    table = Path("samples/samples.csv").read_text().splitlines()
+    assert [row["file"] for row in csv.DictReader(table)] == [
+        f"sample_{i:05d}.png" for i in range(3)
+    ]
+    assert Image.open("samples/sample_00000.png").size == (256, 256)
+    assert Image.open("samples/grid.png").width >= 3 * 3 * 256
+    for folder in "vae_run_1", "model_runs/ldm_unet_run_1", "model_runs/controlnet_run_1":
+        names = {path.name for path in Path(folder).iterdir()}
+        assert {"args.json", "metrics.jsonl", "tensorboard", "samples", "last.pth"} <= names
+        assert any(name.endswith("_best.pth") for name in names)
+        assert list(Path(folder, "samples").glob("step_*.png"))
+
+
+def test_the_latents_of_the_training_split_are_standard(stages):
+    data = LatentDataset(stages / "latents")
+    latents = data.latents[data.indices("train")]
+    assert np.allclose(latents.mean(axis=(0, 2, 3)), 0, atol=1e-3)
+    assert np.allclose(latents.var(axis=(0, 2, 3)), 1, atol=1e-2)
+    vae, _ = load_model(stages / "vae" / "vae_best.pth", VAE)
+    image = data.heldout_images([data.indices("val")[0]], torch.device("cpu"))
+    again = vae.encode(image).mean * LATENT_SCALE
+    assert np.allclose(again, data.latents[data.indices("val")[:1]], atol=1e-2)  # float16 images
+
+
+def test_8_bit_images_without_dataset_json(phantoms, tmp_path, capsys):
+    for row in csv.DictReader((phantoms / "label.csv").open()):
+        hu = ct.read_hu(phantoms / row["image"], (1.0, -1024.0))
+        path = tmp_path / row["image"]
+        path.parent.mkdir(exist_ok=True)
+        ct.write_slice(path, ct.hu_to_unit(hu), ct.DEFAULT_WINDOW, "png")
+    shutil.copytree(phantoms / "contours", tmp_path / "contours")
+    shutil.copy(phantoms / "label.csv", tmp_path)
+    run(train_vae, vae_options(tmp_path, tmp_path / "run", "--steps", "2"))
+    out = capsys.readouterr().out
+    assert out.count("8-bit, taken as already windowed") == 1
+    assert (tmp_path / "run" / "vae_best.pth").is_file()
+
+
+def test_validation_logs_what_it_should(stages, without_weights):
+    assert {"val/psnr", "val/ssim", "val/loss"} <= read_log(stages / "vae")[-1].keys()
+    for stage in "unet", "controlnet":
+        last = read_log(stages / stage)[-1]
+        assert {"val/loss", "val/ssim", "val/dice", "val/n_real", "val/n_fake"} <= last.keys()
+        assert sum(name.startswith("val/loss_t") for name in last) == 8
+        assert "val/fid" not in last and "val/lpips" not in last  # no weights: no number
+        assert all(np.isfinite(value) for value in last.values())
+
+
+# Resume
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import {script} as script
+from fibldm.training import Run
+end_step = Run.end_step
+def end_step_and_die(self, step):
+    if step == {step} and {number} != signal.SIGKILL:
+        os.kill(os.getpid(), {number})
+    due = end_step(self, step)
+    if step == {step}:
+        os.kill(os.getpid(), {number})
+    return due
+Run.end_step = end_step_and_die
+script.main(script.parse_args(sys.argv[1:]))
+"""
+
+
+def run_and_die(script, arguments, step: int, number: int) -> int:
+    """Run a script in a process that gets a signal at the end of a step; its exit code."""
+    code = KILL.format(root=str(ROOT), script=script.__name__, step=step, number=int(number))
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same values, to the bit."""
+
+    def compare(x, y, where):
+        assert type(x) is type(y), where
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                compare(x[key], y[key], f"{where}/{key}")
+        elif isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), where
+        elif isinstance(x, list | tuple):
+            for i, (u, v) in enumerate(zip(x, y, strict=True)):
+                compare(u, v, f"{where}/{i}")
+        else:
+            assert x == y, where
+
+    compare(*(torch.load(path, weights_only=True) for path in (a, b)), a.name)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
+    """Killed at step 7, after the save at step 5; the same command ends bit-identical."""
+    script, more = SCRIPTS[stage], ["--steps", "12", "--save_interval", "5", "--val_interval", "6"]
+    if stage == "vae":
+        more += ["--disc_start", "3"]
+    run(script, options(stage, stages, phantoms, tmp_path / "whole", *more))
+    killed = options(stage, stages, phantoms, tmp_path / "killed", *more)
+    assert run_and_die(script, killed, step=7, number=signal.SIGKILL) == -signal.SIGKILL
+    before = torch.load(tmp_path / "killed" / "last.pth", weights_only=True)["step"]
+    assert before == 6  # saved before the validation at 6; step 7 is lost, and done again
+    run(script, killed)
+    assert_same_state(tmp_path / "whole" / "last.pth", tmp_path / "killed" / "last.pth")
+    best = next((tmp_path / "whole").glob("*_best.pth")).name
+    assert_same_state(tmp_path / "whole" / best, tmp_path / "killed" / best)
+    steps = [row["step"] for row in read_log(tmp_path / "killed")]
+    assert steps == sorted(steps) and steps.count(12) == 2  # one row of training, one of validation
+
+
+def test_a_kill_in_validation_loses_neither_it_nor_the_step(stages, phantoms, tmp_path):
+    """All is on disk when a validation begins; on resume it is made up for."""
+    arguments = unet_options(
+        stages, tmp_path / "run", "--steps", "4", "--val_interval", "2", "--save_interval", "100"
+    )
+    assert run_and_die(train_ldm_unet, arguments, 2, signal.SIGKILL) == -signal.SIGKILL
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "val/loss" not in rows
+    run(train_ldm_unet, arguments)
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows if "val/loss" in row] == [2, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave_within_the_step(number, stages, phantoms, tmp_path):
+    arguments = vae_options(phantoms, tmp_path / "run", "--steps", "8", "--val_interval", "8")
+    assert run_and_die(train_vae, arguments, 3, number) == 128 + number
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] == 3
+    run(train_vae, arguments)
+    run(train_vae, vae_options(phantoms, tmp_path / "whole", "--steps", "8", "--val_interval", "8"))
+    assert_same_state(tmp_path / "run" / "vae_best.pth", tmp_path / "whole" / "vae_best.pth")
+
+
+def test_a_finished_run_is_left_as_it_is(stages, phantoms, tmp_path):
+    shutil.copytree(stages / "unet", tmp_path / "unet")
+    before = (tmp_path / "unet" / "unet_best.pth").read_bytes()
+    run(train_ldm_unet, unet_options(stages, tmp_path / "unet", "--steps", "4"))
+    assert (tmp_path / "unet" / "unet_best.pth").read_bytes() == before
+
+
+# Processes, accumulation, precision
+
+
+def torchrun(script, arguments, processes: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(ROOT / f"{script.__name__}.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_close_weights(a: Path, b: Path, name: str) -> None:
+    one, two = (torch.load(p / "last.pth", weights_only=True)["states"][name] for p in (a, b))
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=2e-5), (key, (value - two[key]).abs().max())
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_two_gloo_processes_equal_one(stage, stages, phantoms, tmp_path):
+    """Same global batch, same weights; for the denoisers also with the share cut in two parts.
+
+    The VAE's adaptive weight is a ratio of gradients of each part: there parts do matter.
+    """
+    script, more = SCRIPTS[stage], ["--steps", "3", "--lr", "1e-3"]
+    parts = ["--grad_accum", "2"]
+    if stage == "vae":
+        more, parts = [*more, "--disc_start", "1"], []
+    run(script, options(stage, stages, phantoms, tmp_path / "one", *more))
+    torchrun(script, options(stage, stages, phantoms, tmp_path / "two", *more, *parts))
+    assert_close_weights(tmp_path / "one", tmp_path / "two", stage)
+    last = [
+        {name: value for row in read_log(tmp_path / run_name) for name, value in row.items()}
+        for run_name in ("one", "two")
+    ]
+    assert last[0].keys() == last[1].keys()
+    for name in last[0].keys() - {"train/images_per_s"}:
+        assert last[0][name] == pytest.approx(last[1][name], abs=2e-2), name
+
+
+def test_accumulation_equals_one_batch(stages, phantoms, tmp_path):
+    for name, parts in ("one", "1"), ("four", "4"):
+        more = ["--steps", "3", "--grad_accum", parts]
+        run(train_ldm_unet, unet_options(stages, tmp_path / name, *more))
+    assert_close_weights(tmp_path / "one", tmp_path / "four", "unet")
+
+
+def test_two_processes_encode_and_sample_as_one(stages, phantoms, tmp_path):
+    table = ["--csv_file", str(phantoms / "label.csv"), "--img_dir", str(phantoms)]
+    vae = ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth"), "--device", "cpu"]
+    latents = tmp_path / "latents"
+    torchrun(encode_dataset, [*table, *vae, "--output_dir", latents, "--num_workers", "0"])
+    one, two = LatentDataset(stages / "latents"), LatentDataset(latents)
+    assert np.allclose(one.latents, two.latents, atol=1e-5)
+    assert np.array_equal(one.contours, two.contours) and one.rows == two.rows
+
+    wanted = ["--latent_data_dir", stages / "latents", "--num_samples", "5", "--format", "npy"]
+    run(sample, sample_options(stages, tmp_path / "one", *wanted))
+    torchrun(sample, sample_options(stages, tmp_path / "two", *wanted, "--batch_size", "2"))
+    for i in range(5):
+        a, b = (np.load(tmp_path / f / f"sample_{i:05d}.npy") for f in ("one", "two"))
+        assert np.allclose(a, b, atol=0.5)  # HU
+    tables = [(tmp_path / name / "samples.csv").read_text() for name in ("one", "two")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_half_precision_trains(stage, precision, stages, phantoms, tmp_path):
+    more = ["--steps", "3", "--precision", precision]
+    if stage == "vae":
+        more += ["--disc_start", "1"]
+    run(SCRIPTS[stage], options(stage, stages, phantoms, tmp_path / "run", *more))
+    content = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert bool(content["states"]["scaler"]) == (precision == "fp16")
+    for value in content["states"][stage].values():
+        assert value.dtype == torch.float32 and torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_compile_gives_the_same_training(stage, stages, phantoms, tmp_path, monkeypatch):
+    """Traced by dynamo; its eager backend, since inductor takes minutes to compile on a CPU."""
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_eagerly(self):
+        compiled.append(type(self).__name__)
+        compile_module(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    for name, more in ("plain", []), ("compiled", ["--compile"]):
+        more = ["--steps", "2", *more]
+        run(SCRIPTS[stage], options(stage, stages, phantoms, tmp_path / name, *more))
+    assert compiled
+    assert_close_weights(tmp_path / "plain", tmp_path / "compiled", stage)
+
+
+# Sampling
+
+
+def test_sample_i_depends_on_the_seed_and_i_alone(stages, tmp_path):
+    wanted = ["--latent_data_dir", str(stages / "latents"), "--format", "npy"]
+    for name, more in {
+        "all": ["--num_samples", "4", "--batch_size", "4"],
+        "few": ["--num_samples", "2", "--batch_size", "1"],
+        "other": ["--num_samples", "2", "--seed", "1"],
+    }.items():
+        for sampler in "dpmpp_2m", "ddim", "ddpm":
+            folder = tmp_path / name / sampler
+            run(sample, sample_options(stages, folder, *wanted, *more, "--sampler", sampler))
+    for sampler in "dpmpp_2m", "ddim", "ddpm":
+        first = [
+            np.load(tmp_path / n / sampler / "sample_00001.npy") for n in ("all", "few", "other")
+        ]
+        assert np.allclose(first[0], first[1], atol=0.5)
+        assert not np.allclose(first[0], first[2], atol=5)
+
+
+@pytest.mark.parametrize("file_format", ct.FORMATS)
+def test_formats_hold_the_same_slice(file_format, stages, tmp_path):
+    wanted = ["--latent_data_dir", str(stages / "latents"), "--num_samples", "1"]
+    for name in "npy", file_format:
+        run(sample, sample_options(stages, tmp_path / name, *wanted, "--format", name))
+        wanted += ["--overwrite"]
+    file = tmp_path / file_format / f"sample_00000{ct.SUFFIXES[file_format]}"
+    hu = np.load(tmp_path / "npy" / "sample_00000.npy")
+    tolerance = 1400 / 255 if file_format == "png" else 1
+    assert np.abs(ct.read_hu(file) - hu).max() <= tolerance
+
+
+def test_conditions_reach_the_model(stages, tmp_path):
+    """Another contour, another label, no contour at all: each changes the sample."""
+    data = LatentDataset(stages / "latents")
+    unet, content = load_model(stages / "unet" / "unet_best.pth", UNet)
+    assert content["classes"] == ["fibrosis", "normal"] and unet.config["num_classes"] == 2
+    Image.fromarray(data.contours[0, 0] * 255).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "b.png")
+    images = {}
+    common = ["--num_samples", "1", "--format", "npy", "--guidance_scale", "1"]
+    for name, more in {
+        "contour": ["--contours", tmp_path / "a.png"],
+        "empty": ["--contours", tmp_path / "b.png"],
+        "label": ["--contours", tmp_path / "a.png", "--label", "fibrosis"],
+        "guided": ["--contours", tmp_path / "a.png", "--guidance_scale", "3"],
+    }.items():
+        run(sample, sample_options(stages, tmp_path / name, *common, *more))
+        images[name] = np.load(tmp_path / name / "sample_00000.npy")
+    for name in "empty", "label", "guided":
+        assert not np.array_equal(images["contour"], images[name]), name
+    models = sample_options(stages, tmp_path / "free", "--num_samples", "2", "--unconditional")
+    at = models.index("--controlnet_checkpoint")
+    run(sample, models[:at] + models[at + 2 :])
+    assert len(list((tmp_path / "free").glob("sample_*.png"))) == 2
