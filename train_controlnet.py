@@ -52,8 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--save_dir", default="./model_runs/controlnet_run_1", help="the run's folder"
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--latent_dim", type=positive, help="must be the data's (default: is)")
-    model.add_argument("--latent_size", type=positive, help="must be the data's (default: is)")
+    model.add_argument("--latent_dim", type=positive, help="checked against the data's")
+    model.add_argument("--latent_size", type=positive, help="checked against the data's")
     model.add_argument(
         "--contour_channels", type=positive, default=1, help="must be the U-Net's and the data's"
     )

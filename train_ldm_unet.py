@@ -41,8 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="their encoder")
     data.add_argument("--save_dir", default="./model_runs/ldm_unet_run_1", help="the run's folder")
     model = parser.add_argument_group("model")
-    model.add_argument("--latent_dim", type=positive, help="must be the data's (default: is)")
-    model.add_argument("--latent_size", type=positive, help="must be the data's (default: is)")
+    model.add_argument("--latent_dim", type=positive, help="checked against the data's")
+    model.add_argument("--latent_size", type=positive, help="checked against the data's")
     model.add_argument(
         "--channels", type=positive, nargs="+", default=[128, 256, 512],
         help="width at each resolution; each halves the size",

@@ -30,7 +30,10 @@ FREE_OPTIONS = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the example at the end of --help as it is written."""
+    """Shows defaults where there are any, and keeps the example at the end as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser(description: str, example: str) -> argparse.ArgumentParser:

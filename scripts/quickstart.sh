@@ -12,7 +12,8 @@ IMAGE_SIZE=96             # pixels
 LATENT_SIZE=24            # so each latent stands for 4x4 pixels
 RUN_OPTIONS="--device cpu --num_workers 1 --warmup_steps 20 --ema_decay 0.99 --log_interval 50"
 
-step() { printf '\n== %s\n' "$*"; }
+step() { printf '\n== [%d s] %s\n' "$SECONDS" "$*"; }
+SECONDS=0
 
 step "Data: synthetic CT of $PATIENTS patients"
 [ -f $OUT/data/label.csv ] || "$PYTHON" scripts/make_phantom_data.py --output_dir $OUT/data \
@@ -31,7 +32,7 @@ step "2/5 Encoding the data set"
 step "3/5 The U-Net: denoising latents"
 "$PYTHON" train_ldm_unet.py --latent_data_dir $OUT/latents --vae_checkpoint $OUT/vae/vae_best.pth \
     --save_dir $OUT/unet --channels 64 128 --blocks 1 --lr 1e-3 --batch_size 16 \
-    --steps 240 --val_interval 240 --val_samples 32 $RUN_OPTIONS
+    --steps 340 --val_interval 340 --val_samples 32 $RUN_OPTIONS
 
 step "4/5 The ControlNet: steering it by contours"
 "$PYTHON" train_controlnet.py --latent_data_dir $OUT/latents \
@@ -46,4 +47,4 @@ step "5/5 Sampling for 32 held-out contours"
 
 step "What was measured on held-out patients, at the last validation of each stage"
 "$PYTHON" scripts/show_metrics.py $OUT/vae $OUT/unet $OUT/controlnet
-printf '\nLook at it (contour, sample, overlay): %s\n' "$PWD/$OUT/samples/grid.png"
+printf '\n%d s. Look at it (contour, sample, overlay): %s\n' "$SECONDS" "$PWD/$OUT/samples/grid.png"
