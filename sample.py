@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fibldm import ct, distributed
-from fibldm.checkpoint import file_hash, load_model, require_equal
+from fibldm.checkpoint import file_hash, load, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import SPLITS, LatentDataset, chunks
 from fibldm.panels import write_samples
@@ -103,7 +103,7 @@ def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size
         request = Request(None, [""], [""])
     elif args.contours is not None:
         files = contour_files(Path(args.contours))
-        contours = [ct.fit_square(ct.read_contour(f, channels), size, 0) >= 0.5 for f in files]
+        contours = [ct.fit_contour(ct.read_contour(f, channels), size) for f in files]
         request = Request(np.stack(contours), [str(f) for f in files], [""] * len(files))
     else:
         data = LatentDataset(args.latent_data_dir)
@@ -114,7 +114,9 @@ def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size
         found = (data.contour_channels, data.image_size)
         require_equal(what, found, (channels, size), "another data set than the models'")
         names = [f"{args.latent_data_dir}#{row}" for row in rows]
-        request = Request(data.contours[rows], names, [data.rows[row].label for row in rows])
+        labels = [data.rows[row].label for row in rows]
+        labels = [name if name in classes else "" for name in labels]
+        request = Request(data.contours[rows], names, labels)
     if args.label is not None:
         if args.label not in classes:
             raise ValueError(
@@ -147,13 +149,13 @@ def load_models(args: argparse.Namespace) -> tuple[VAE, UNet, ControlNet | None,
     )
     controlnet = None
     if args.controlnet_checkpoint is not None:
-        controlnet, content = load_model(args.controlnet_checkpoint, ControlNet, unet)
         require_equal(
             f"{args.controlnet_checkpoint}: the SHA-256 of the U-Net it was trained with",
-            content["lineage"]["unet"],
+            load(args.controlnet_checkpoint, ControlNet.kind)["lineage"]["unet"],
             file_hash(args.unet_checkpoint),
             f"give that U-Net, not {args.unet_checkpoint}",
         )
+        controlnet, _ = load_model(args.controlnet_checkpoint, ControlNet, unet)
     return vae, unet, controlnet, vae_content, unet_content
 
 
@@ -181,46 +183,53 @@ def main(args: argparse.Namespace) -> None:
     timesteps = scheduler.timesteps(args.steps, args.spacing)
     shape = [unet.config[name] for name in ("latent_dim", "latent_size", "latent_size")]
 
+    sources = [i % len(request.names) for i in range(count)]  # the contour of each sample
+    plain = args.unconditional and args.label is None  # then there is nothing to guide towards
+
     def draw(items: Sequence[int]) -> np.ndarray:
         """Samples (N, H, W) in [-1, 1]; sample i depends on the seed and i alone."""
-        sources = [i % len(request.names) for i in items]
-        numbers = [
-            classes.index(request.labels[s]) if request.labels[s] in classes else NO_LABEL
-            for s in sources
-        ]
+        labels = [request.labels[sources[i]] for i in items]
+        numbers = [classes.index(name) if name else NO_LABEL for name in labels]
         label, contour = torch.tensor(numbers, device=device), None
         if request.contours is not None:
-            contour = torch.from_numpy(request.contours[sources].astype(np.uint8)).to(device)
+            contour = torch.from_numpy(request.contours[[sources[i] for i in items]]).to(device)
         with precision.autocast():
             denoiser = guide(
                 steer(unet, controlnet, contour, label), steer(unet), scheduler,
-                args.guidance_scale, args.guidance_interval, args.guidance_rescale,
+                1.0 if plain else args.guidance_scale, args.guidance_interval,
+                args.guidance_rescale,
             )  # fmt: skip
             z = SAMPLERS[args.sampler](
                 denoiser, scheduler, item_noise(args.seed, "sample", 0, items, shape).to(device),
                 timesteps,
                 lambda k: item_noise(args.seed, "ddpm", k, items, shape).to(device),
             )  # fmt: skip
-            return vae.decode(z / LATENT_SCALE).clamp(-1, 1)[:, 0].cpu().numpy()
+        return vae.decode(z.float() / LATENT_SCALE).clamp(-1, 1)[:, 0].cpu().numpy()
 
-    # Sample: each rank its part.
-    output.mkdir(parents=True, exist_ok=True)
-    mine, images, files = distributed.share(count), [], []
+    # Sample: each rank its part, of which the first go into the grid.
+    if distributed.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        remove_samples(output)
+    distributed.barrier()
+    files = [f"sample_{i:05d}{ct.SUFFIXES[args.format]}" for i in range(count)]
+    mine, shown, agreement = distributed.share(count), [], []
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(mine), desc="sampling", disable=quiet, unit="slice") as bar:
         for items in chunks(mine, args.batch_size):
-            for i, image in zip(items, draw(items), strict=True):
-                files.append(f"sample_{i:05d}{ct.SUFFIXES[args.format]}")
-                ct.write_slice(output / files[-1], image, window, args.format, args.pixel_spacing)
-                images.append(image)
+            images = draw(items)
+            for i, image in zip(items, images, strict=True):
+                ct.write_slice(output / files[i], image, window, args.format, args.pixel_spacing)
+            shown += [image for i, image in zip(items, images, strict=True) if i < GRID]
+            if request.contours is not None:
+                contours = request.contours[[sources[i] for i in items]]
+                agreement += dice(images, contours, window).tolist()
             bar.update(len(items))
-    files = [name for part in distributed.gather(files) for name in part]
-    images = [image for part in distributed.gather(images) for image in part]
+    shown = [image for part in distributed.gather(shown) for image in part]
+    agreement = [value for part in distributed.gather(agreement) for value in part]
     if not distributed.is_main():
         return
 
     # The table, the grid, and how well the lungs follow the contours.
-    sources = [i % len(request.names) for i in range(count)]
     checkpoints = [args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint or ""]
     header = ["file", "contour", "label", "seed", "vae", "unet", "controlnet"]
     rows = [
@@ -228,13 +237,23 @@ def main(args: argparse.Namespace) -> None:
         for name, s in zip(files, sources, strict=True)
     ]
     write_table(output / "samples.csv", [header, *rows])
-    contours = None if request.contours is None else request.contours[sources].astype(np.uint8)
-    shown = None if contours is None else contours[:GRID]
-    write_samples(output / "grid.png", np.stack(images[:GRID]), shown)
+    contours = None if request.contours is None else request.contours[sources[: len(shown)]]
+    write_samples(output / "grid.png", np.stack(shown), contours)
     print(f"{output}: {count} samples ({args.format}), samples.csv, grid.png")
-    if contours is not None:
-        agreement = dice(np.stack(images), contours, window)
-        print(f"mean Dice of contours and lungs segmented from the samples: {agreement:.3f}")
+    if agreement:
+        mean = np.mean(agreement)
+        print(f"mean Dice of contours and lungs segmented from {count} samples: {mean:.3f}")
+
+
+def remove_samples(output: Path) -> None:
+    """Remove the files that an earlier samples.csv lists, so that no two runs are mixed."""
+    table = output / "samples.csv"
+    if table.is_file():
+        with open(table, newline="") as file:
+            names = [row["file"] for row in csv.DictReader(file)]
+        table.unlink()
+        for name in names:
+            (output / Path(name).name).unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: list[list]) -> None:

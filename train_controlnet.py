@@ -94,12 +94,13 @@ def main(args: argparse.Namespace) -> None:
         with precision.autocast():
             notes = encode_csv(
                 folder, table, args.data_path, vae, args.vae_checkpoint, vae_content,
-                args.contour_channels, device, batch_size=32, workers=args.num_workers,
+                args.contour_channels, device, 32, args.num_workers,
+                remedy="use another --save_dir",
             )  # fmt: skip
         for note in notes:
             run.say(note)
     data = LatentDataset(folder)
-    data.require_shape(args.latent_dim, args.latent_size)
+    data.require_shape(args.latent_dim, args.latent_size, args.contour_channels)
     lineage = {**data.lineage(args.vae_checkpoint), "unet": file_hash(args.unet_checkpoint)}
     data.use_classes(unet_content["classes"])
 

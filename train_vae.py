@@ -27,6 +27,7 @@ from fibldm.training import (
     item_noise,
     make_parser,
     optimizer_step,
+    positive,
     run_script,
 )
 from fibldm.vae import VAE, reconstruct
@@ -56,11 +57,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--test_fraction", type=fraction, default=0.1, help="of patients")
     data.add_argument("--split_seed", type=int, default=0, help="of the split by patient")
     model = parser.add_argument_group("model")
-    model.add_argument("--image_size", type=int, default=256, help="slices are resized to it")
-    model.add_argument("--latent_size", type=int, default=16, help="must divide --image_size")
-    model.add_argument("--latent_dim", type=int, default=8, help="channels of the latent")
-    model.add_argument("--base_channels", type=int, default=96, help="width at the first level")
-    model.add_argument("--blocks", type=int, default=2, help="residual blocks a level")
+    model.add_argument("--image_size", type=positive, default=256, help="slices are resized to it")
+    model.add_argument("--latent_size", type=positive, default=16, help="must divide --image_size")
+    model.add_argument("--latent_dim", type=positive, default=8, help="channels of the latent")
+    model.add_argument(
+        "--base_channels", type=positive, default=96, help="width at the first level"
+    )
+    model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
     losses = parser.add_argument_group("losses")
     losses.add_argument(
         "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
@@ -78,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add_machine_options(parser)
     args = parser.parse_args(argv)
-    if args.latent_size < 1 or args.image_size % args.latent_size:
+    if args.image_size % args.latent_size:
         parser.error(
             f"--image_size {args.image_size} is not a multiple of --latent_size {args.latent_size}"
         )
@@ -92,6 +95,8 @@ def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device)
     precision = Precision(args.precision, device)
+    have_lpips = all(distributed.gather(not missing_weights(["lpips"])))
+    args.perceptual = choose_perceptual(args.perceptual, have_lpips)
     run = Run(args, device)
     split = Split(args.split_seed, args.val_fraction, args.test_fraction)
     rows, notes = read_table(args.csv_file, args.img_dir, split)
@@ -114,10 +119,12 @@ def main(args: argparse.Namespace) -> None:
         discriminator = PatchDiscriminator().to(device)
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9))
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
-    lpips = load_lpips(device)
-    perceptual = choose_perceptual(args.perceptual, lpips, run)
-    progress = run.resume("train_vae", parts, {"label_csv": checkpoint.file_hash(args.csv_file)})
+    lpips = load_lpips(device) if have_lpips else None
+    perceptual = {"lpips": lpips, "gradient": gradient_loss, "none": None}[args.perceptual]
+    lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
+    progress = run.resume("train_vae", parts, lineage)
     if args.compile:
+        torch._functorch.config.donated_buffer = False  # the adaptive weight retains the graph
         vae.compile()
     model = distributed.wrap(vae, device)
     critic = distributed.wrap(discriminator, device) if args.disc_weight > 0 else None
@@ -197,18 +204,14 @@ def main(args: argparse.Namespace) -> None:
     run.close()
 
 
-def choose_perceptual(
-    name: str, lpips: nn.Module | None, run: Run
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The loss beside L1, (N, 1, H, W) twice -> (N,); says which one "auto" is."""
-    if lpips is None and name in ("auto", "lpips"):
-        message = missing_weights(["lpips"])["lpips"]
-        if name == "lpips":
-            raise ValueError(f"--perceptual lpips: {message}")
-        run.say(f"--perceptual auto is the gradient loss. {message}")
-    if name == "none":
-        return None
-    return lpips if lpips is not None and name != "gradient" else gradient_loss
+def choose_perceptual(name: str, have_lpips: bool) -> str:
+    """What "auto" means here, and so in args.json; ValueError where LPIPS cannot be had."""
+    message = "" if have_lpips else missing_weights(["lpips"]).get("lpips", "absent on a node")
+    if name == "lpips" and not have_lpips:
+        raise ValueError(f"--perceptual lpips: {message}")
+    if name == "auto" and not have_lpips and distributed.is_main():
+        print(f"--perceptual auto is the gradient loss. {message}", flush=True)
+    return name if name != "auto" else "lpips" if have_lpips else "gradient"
 
 
 @torch.no_grad()

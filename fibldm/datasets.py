@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,9 @@ def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[li
         raise ValueError(f"{csv_file}: no such file; expected a table with columns image,contour")
     try:
         with open(csv_file, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+            reader = csv.reader(file)
+            numbered = [(reader.line_num, line) for line in reader if "".join(line).strip()]
+            lines = [line for _, line in numbered]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{csv_file}: not a CSV text file in UTF-8: {error}") from error
     if len(lines) < 2:
@@ -86,7 +89,7 @@ def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[li
     if "image" not in column or "contour" not in column:
         column |= {"image": 0, "contour": 1}
         notes.append(f"{csv_file}: columns {lines[0][:2]} are taken as image and contour")
-    short = [f"line {i}: {line}" for i, line in enumerate(lines[1:], 2) if len(line) < len(header)]
+    short = [f"line {i}: {line}" for i, line in numbered[1:] if len(line) < len(header)]
     if short:
         raise ValueError(
             f"{csv_file}: {len(short)} lines have fewer cells than the header's {len(header)}:"
@@ -177,16 +180,25 @@ class CTDataset(Dataset):
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         hu, contour = self.read_pair(row)
         image = ct.hu_to_unit(ct.fit_square(hu, self.image_size, ct.AIR), self.window)
-        contour = ct.fit_square(contour, self.image_size, 0) >= 0.5
+        contour = ct.fit_contour(contour, self.image_size)
         return {
             "image": torch.from_numpy(image)[None],
-            "contour": torch.from_numpy(contour.astype(np.uint8)),
+            "contour": torch.from_numpy(contour),
             "row": torch.tensor(row),
         }
 
     def indices(self, *splits: str) -> list[int]:
         """Rows that belong to one of the splits."""
         return [i for i, row in enumerate(self.rows) if row.split in splits]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' names and sizes and of their scale: whether the data changed."""
+        files = [
+            (name, (self.root / name).stat().st_size)
+            for row in self.rows
+            for name in (row.image, row.contour)
+        ]
+        return hashlib.sha256(json.dumps([self.rescale, files]).encode()).hexdigest()
 
     def notes(self) -> list[str]:
         """What is assumed of the files: their scale, and whether they are resized."""
@@ -229,8 +241,15 @@ class CTDataset(Dataset):
 
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
     """Batches of a dataset in the order given; `workers` processes decode ahead of their use."""
-    pin = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """In a decoding process: the main process decides when to stop, after it has saved."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def chunks(items: Sequence[int], size: int) -> list[list[int]]:
@@ -286,11 +305,14 @@ class LatentDataset:
         numbers = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([numbers.get(row.label, NO_LABEL) for row in self.rows])
 
-    def require_shape(self, latent_dim: int | None, latent_size: int | None) -> None:
-        """Raise ValueError where --latent_dim or --latent_size is given and not the data's."""
+    def require_shape(
+        self, latent_dim: int | None, latent_size: int | None, contour_channels: int | None = None
+    ) -> None:
+        """Raise ValueError where one of these options is given and not what the data have."""
         for option, asked, found in (
             ("--latent_dim", latent_dim, self.latent_dim),
             ("--latent_size", latent_size, self.latent_size),
+            ("--contour_channels", contour_channels, self.contour_channels),
         ):
             if asked is not None and asked != found:
                 raise ValueError(f"{option} {asked}, but the latents in {self.folder} have {found}")
@@ -304,7 +326,8 @@ class LatentDataset:
             self.meta["vae_sha256"],
             f"the VAE that {self.folder} was encoded with; encode again, or give that VAE",
         )
-        return {"vae": vae, "latents": self.meta["latents_sha256"]}
+        names = ("latents", "contours", "label_csv")
+        return {"vae": vae, **{name: self.meta[f"{name}_sha256"] for name in names}}
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (N, C, h, w) as loaded, contours (N, K, H, W) and labels (N,) of the rows."""
@@ -416,17 +439,14 @@ def encode_csv(
     batch_size: int,
     workers: int,
     overwrite: bool = False,
+    remedy: str = "use --overwrite",
 ) -> list[str]:
     """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
 
     Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
-    from another table or VAE is an error (ValueError with both hashes) unless `overwrite`.
+    from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
+    `overwrite`.
     """
-    facts = {
-        "vae_sha256": file_hash(vae_file),
-        "label_csv_sha256": file_hash(csv_file) if Path(csv_file).is_file() else "",
-        "split": vae_content["split"],
-    }
     folder = Path(folder)
     rows, notes = read_table(csv_file, root, Split(**vae_content["split"]))
     dataset = CTDataset(
@@ -437,22 +457,33 @@ def encode_csv(
         tuple(vae_content["window"]),
         contour_channels,
     )
+    facts = {
+        "vae_sha256": file_hash(vae_file),
+        "label_csv_sha256": file_hash(csv_file),
+        "files_sha256": dataset.fingerprint(),
+        "split": vae_content["split"],
+    }
     notes += dataset.notes()
-    if folder.exists() and any(folder.iterdir()):
-        existing = LatentDataset(folder)  # an error where it holds something else
-    else:
-        existing = None
-    if existing is not None and not overwrite:
+    if vae_content["lineage"].get("label_csv") != facts["label_csv_sha256"]:
+        notes.append(
+            f"WARNING: {csv_file} is not the table that the VAE was trained with. A patient whose "
+            "patient_id or split changed since may now be held out, but was trained on."
+        )
+    present = folder.exists() and any(folder.iterdir())
+    if present and not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder}: not a latent data set, and not empty; it is left as it is")
+    if present and not overwrite:
+        existing = LatentDataset(folder)
         for name, value in facts.items():
             found = existing.meta.get(name)
-            require_equal(f"{folder}: its {name}", found, value, "use --overwrite")
+            require_equal(f"{folder}: its {name}", found, value, remedy)
         require_equal(
             f"{folder}: its contour channels",
             existing.contour_channels,
             contour_channels,
-            "use --overwrite, or the same --contour_channels",
+            f"{remedy}, or the same --contour_channels",
         )
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
-    distributed.barrier()  # so that no rank sees the folder that another is about to write
+    dataset.check()  # also a barrier: no rank sees the folder that another is about to write
     write_latents(folder, dataset, vae, facts, device, batch_size, workers)
     return notes

@@ -15,18 +15,26 @@ def setup(device: str = "auto") -> torch.device:
     `device` is "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:N" without torchrun.
     Raises ValueError when a GPU is asked for and absent.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if available else "cpu"
-    if device.startswith("cuda"):
-        index = int(device.removeprefix("cuda:")) if ":" in device else local_rank
+    number = device.removeprefix("cuda:")
+    if device == "cuda" or number.isdecimal():
+        if number.isdecimal() and "RANK" in os.environ:
+            raise ValueError(
+                f"--device {device}: under torchrun each process takes its own GPU; use cuda"
+            )
+        index = int(number) if number.isdecimal() else local_rank
         if index >= available:
             raise ValueError(
                 f"--device {device}: GPU {index} is asked for, {available} are visible to PyTorch; "
                 "use --device cpu, start fewer processes, or check nvidia-smi and the driver"
             )
         torch.cuda.set_device(index)
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
         device = f"cuda:{index}"
     elif device != "cpu":
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")

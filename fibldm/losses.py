@@ -55,4 +55,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     for loss in (reconstruction, adversarial):
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
         norms.append(distributed.mean(gradient.float()).norm())
-    return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4).detach()
+    weight = norms[0] / (norms[1] + 1e-6)
+    return torch.nan_to_num(weight, nan=0.0).clamp(0, 1e4).detach()  # fp16 overflow: step skipped

@@ -21,7 +21,7 @@ from fibldm import distributed
 from fibldm.checkpoint import Stateful, load_training, save_training
 
 # Options that may differ when a run is resumed: they change how, not what, is computed; inputs
-# may move, since their hashes are held against the run's lineage.
+# may move, since what they hold is compared with the run's lineage.
 FREE_OPTIONS = {
     *("steps", "device", "compile", "grad_accum", "num_workers"),
     *("log_interval", "save_interval", "csv_file", "csv_path", "img_dir", "data_path"),
@@ -104,6 +104,7 @@ class Precision:
         if name == "auto" and device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.name = "fp32" if name == "auto" else name
+        torch.backends.cudnn.allow_tf32 = self.name != "fp32"
         self.device = device
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
@@ -197,7 +198,7 @@ class Run:
         self.last, self.log_file = self.folder / "last.pth", self.folder / "metrics.jsonl"
         self.writer: SummaryWriter | None = None
         self.bar: tqdm | None = None
-        self.signal, self.saved = 0, False
+        self.signal, self.saved = 0, True  # nothing is lost before the first step
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.started = self.left = time.monotonic()
@@ -238,6 +239,17 @@ class Run:
         if self.last.is_file():
             content = load_training(self.last, kind, parts, lineage)
             self.progress = {name: content[name] for name in self.progress}
+        elif any(self.folder.glob("*_best.pth")):
+            raise ValueError(
+                f"{self.last}: no such file, but {self.folder} holds a trained run; put it back, "
+                "or use another --save_dir"
+            )
+        found = distributed.gather(self.progress["step"])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"{self.last}: the processes found it at steps {found}, expected the same; "
+                "--save_dir must be on a file system that all nodes share"
+            )
         step = self.progress["step"]
         if step > self.args.steps:
             raise ValueError(f"{self.last} is at step {step}, beyond --steps {self.args.steps}")
@@ -248,7 +260,7 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
             rows = self.log_file.read_text().splitlines() if self.log_file.is_file() else []
-            kept = [row for row in rows if _step_of(row) <= step]
+            kept = [row for row in rows if _step_of(row, self.progress["validated"]) <= step]
             replace_text(self.log_file, "".join(f"{row}\n" for row in kept))
             self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         if step:
@@ -295,7 +307,7 @@ class Run:
         if save:
             self.save()
         self.left = time.monotonic()
-        if stop:
+        if stop or (self.signal and self.saved):
             self.say(f"stopped after step {step}, all saved; the same command goes on from here")
             self.close()
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
@@ -330,7 +342,13 @@ class Run:
     def _pop_averages(self) -> dict[str, float]:
         means = {n: float(distributed.mean(v)) / self.counts[n] for n, v in self.totals.items()}
         self.totals, self.counts = {}, {}
-        wrong = [n for n, v in means.items() if not np.isfinite(v) and n != "grad_norm"]
+        scaler = self.parts.get("scaler")  # fp16's keeps such gradients from the weights
+        may_skip = scaler is not None and scaler.is_enabled()
+        wrong = [
+            name
+            for name, value in means.items()
+            if not np.isfinite(value) and not (may_skip and name == "grad_norm")
+        ]
         if wrong:
             raise ValueError(
                 f"training diverged ({', '.join(wrong)} is not finite); {self.last} is from "
@@ -366,11 +384,14 @@ class Run:
             self.writer.close()
 
 
-def _step_of(row: str) -> float:
+def _step_of(row: str, validated: int) -> float:
+    """The step of a log row; inf if a kill tore it, or came before its validation was noted."""
     try:
-        return json.loads(row)["step"]
+        values = json.loads(row)
+        undone = values["step"] > validated and any(name.startswith("val/") for name in values)
+        return float("inf") if undone else values["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a kill: dropped
+        return float("inf")
 
 
 def replace_text(path: Path, text: str) -> None:

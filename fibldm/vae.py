@@ -102,8 +102,8 @@ class Decoder(nn.Module):
         self.network = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (N, C, h, w) -> slices (N, 1, H, W)."""
-        return self.network(z) + self.shortcut(z)
+        """Latents (N, C, h, w) -> slices (N, 1, H, W), fp32."""
+        return self.network(z).float() + self.shortcut(z).float()
 
 
 class VAE(nn.Module):
@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z = latent / LATENT_SCALE (N, C, h, w) -> slices (N, 1, H, W), about [-1, 1], fp32."""
-        return self.decoder(z / self.latent_gain + self.latent_shift).float()
+        return self.decoder(z / self.latent_gain + self.latent_shift)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
         """Slices (N, 1, H, W) and noise (N, C, h, w) -> reconstruction and posterior."""

@@ -16,7 +16,7 @@ from fibldm.metrics import RealismMetrics, contour_dice
 from fibldm.panels import write_samples
 from fibldm.samplers import dpmpp_2m
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import Precision, Run, item_noise
+from fibldm.training import Precision, Run, item_noise, positive
 from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
@@ -30,9 +30,9 @@ Steer = Callable[[Tensor, Tensor], Denoiser]  # contours (N, K, H, W), labels (N
 def add_validation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
     group.add_argument(
-        "--val_samples", type=int, default=64, help="held-out contours to sample for"
+        "--val_samples", type=positive, default=64, help="held-out contours to sample for"
     )
-    group.add_argument("--val_sampling_steps", type=int, default=20, help="DPM-Solver++ steps")
+    group.add_argument("--val_sampling_steps", type=positive, default=20, help="DPM-Solver++ steps")
 
 
 class Validation:
@@ -104,14 +104,18 @@ class Validation:
             self.metrics.update_fake(batch, self.data.heldout_images(rows, self.device))
             images.append(batch[:, 0].cpu().numpy())
         empty = np.zeros((0, self.data.image_size, self.data.image_size), np.float32)
-        everyone = np.concatenate(distributed.gather(np.concatenate([empty, *images])))
-        contours = self.data.contours[self.rows]
+        drawn = np.concatenate([empty, *images])
+        agreement = dice(drawn, self.data.contours[self.mine], self.data.window)
+        agreement = np.concatenate(distributed.gather(agreement))
+        shown = np.concatenate(distributed.gather(drawn[:GRID]))[:GRID]
         if distributed.is_main():
-            write_samples(grid, everyone[:GRID], contours[:GRID])
-        return {**self.metrics.compute(), "dice": dice(everyone, contours, self.data.window)}
+            write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
+        return {**self.metrics.compute(), "dice": float(agreement.mean())}
 
 
-def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) -> float:
-    """Mean Dice of contours (N, K, H, W) and the lungs segmented in slices (N, H, W) in [-1, 1]."""
+def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Dice (N,) of contours (N, K, H, W) and the lungs in slices (N, H, W) in [-1, 1]."""
+    if len(images) == 0:
+        return np.zeros(0)
     masks = np.stack([lung_mask(hu) for hu in unit_to_hu(images, window)])
-    return float(contour_dice(masks, contours.max(axis=1) > 0).mean())
+    return contour_dice(masks, contours.max(axis=1) > 0)

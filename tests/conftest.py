@@ -1,9 +1,11 @@
 """Data and tiny trained stages that several test files share."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import encode_dataset
 import train_controlnet
@@ -30,16 +32,24 @@ def ct_folder() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def without_weights(tmp_path_factory):
-    """No metric weights are found: Inception would take most of a tiny run's time."""
-    before = os.environ.get("TORCH_HOME")
-    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch_home"))
+@contextlib.contextmanager
+def torch_home(folder: Path):
+    """PyTorch looks for weights in this folder."""
+    before, before_set = os.environ.get("TORCH_HOME"), torch.hub._hub_dir
+    os.environ["TORCH_HOME"], torch.hub._hub_dir = str(folder), None
     yield
+    torch.hub._hub_dir = before_set
     if before is None:
         del os.environ["TORCH_HOME"]
     else:
         os.environ["TORCH_HOME"] = before
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory):
+    """No metric weights are found: Inception would take most of a tiny run's time."""
+    with torch_home(tmp_path_factory.mktemp("torch_home")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -76,20 +86,18 @@ def sample_options(stages: Path, output_dir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory, phantoms, without_weights) -> Path:
+def stages(tmp_path_factory, phantoms) -> Path:
     """A folder with vae/, latents/, unet/ and controlnet/, each trained for a few steps."""
     folder = tmp_path_factory.mktemp("stages")
-    train_vae.main(train_vae.parse_args(vae_options(phantoms, folder / "vae", "--steps", "6")))
-    arguments = ["--csv_file", str(phantoms / "label.csv"), "--img_dir", str(phantoms)]
-    arguments += ["--vae_checkpoint", str(folder / "vae" / "vae_best.pth"), "--device", "cpu"]
-    arguments += ["--output_dir", str(folder / "latents"), "--num_workers", "0"]
-    encode_dataset.main(encode_dataset.parse_args(arguments))
-    train_ldm_unet.main(
-        train_ldm_unet.parse_args(unet_options(folder, folder / "unet", "--steps", "4"))
-    )
-    train_controlnet.main(
-        train_controlnet.parse_args(
-            controlnet_options(folder, folder / "controlnet", "--steps", "4")
-        )
-    )
+    table = ["--csv_file", str(phantoms / "label.csv"), "--img_dir", str(phantoms)]
+    vae = ["--vae_checkpoint", str(folder / "vae" / "vae_best.pth"), "--device", "cpu"]
+    encoding = [*table, *vae, "--output_dir", str(folder / "latents"), "--num_workers", "0"]
+    with torch_home(tmp_path_factory.mktemp("torch_home")):
+        for script, arguments in (
+            (train_vae, vae_options(phantoms, folder / "vae", "--steps", "6")),
+            (encode_dataset, encoding),
+            (train_ldm_unet, unet_options(folder, folder / "unet", "--steps", "4")),
+            (train_controlnet, controlnet_options(folder, folder / "controlnet", "--steps", "4")),
+        ):
+            script.main(script.parse_args(arguments))
     return folder

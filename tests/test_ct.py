@@ -7,6 +7,7 @@ import pydicom
 import pytest
 import tifffile
 from PIL import Image
+from scipy import ndimage
 
 from fibldm import ct
 
@@ -273,3 +274,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ct.write_atomically(path, write)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("side", [256, 300, 512, 768])
+def test_contours_survive_resizing(side):
+    """A mask keeps its area; an outline of one pixel stays closed, around the same area."""
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    mask = (x / 0.35) ** 2 + (y / 0.25) ** 2 < 1
+    outline = mask & ~ndimage.binary_erosion(mask)
+    area = mask.mean()
+    assert ct.fit_contour(mask[None], 256).mean() == pytest.approx(area, rel=0.01)
+    reduced = ct.fit_contour(outline[None], 256)[0]
+    assert reduced.mean() < area / 4
+    assert ndimage.binary_fill_holes(reduced).mean() == pytest.approx(area, rel=0.03)

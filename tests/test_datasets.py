@@ -495,11 +495,13 @@ def test_the_split_comes_from_the_vae(latents, tmp_path):
 
 
 def test_another_vae_than_the_latents_is_refused_with_both_hashes(latents, tmp_path):
-    folder, _, vae_file = latents
+    folder, csv_file, vae_file = latents
     data, other = LatentDataset(folder), save_vae(tmp_path / "other.pth", seed=1)
     assert data.lineage(vae_file) == {
         "vae": file_hash(vae_file),
         "latents": file_hash(folder / "latents.npy"),
+        "contours": file_hash(folder / "contours.npy"),
+        "label_csv": file_hash(csv_file),
     }
     with pytest.raises(ValueError, match=rf"other\.pth.*{file_hash(other)}.*{file_hash(vae_file)}"):
         data.lineage(other)
