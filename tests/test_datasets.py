@@ -531,3 +531,15 @@ def test_damaged_latents_are_refused_by_name(latents, name, damage):
         path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
     with pytest.raises(ValueError, match=re.escape(str(latents[0]))):
         LatentDataset(latents[0])
+
+
+def test_changed_images_are_not_taken_for_encoded_ones(latents):
+    """The table is the same, the files it names are not: named with both hashes and the remedy."""
+    folder, csv_file, vae_file = latents
+    (csv_file.parent / "dataset.json").write_text(
+        '{"rescale_slope": 1.0, "rescale_intercept": -1000.0}'
+    )
+    with pytest.raises(ValueError, match=r"files_sha256: found \w{64}, expected \w{64}.*overwrite"):
+        encode(folder, csv_file, vae_file)
+    encode(folder, csv_file, vae_file, overwrite=True)
+    encode(folder, csv_file, vae_file)

@@ -1,0 +1,37 @@
+"""The pictures: what is drawn where."""
+
+import numpy as np
+from PIL import Image
+
+from fibldm.panels import OUTLINE, grey, overlay, write_reconstructions, write_samples
+
+
+def test_grey_maps_the_window_to_bytes():
+    assert grey(np.array([[[-1.0, 0.0, 1.0, 9.0]]]))[0, 0, :, 0].tolist() == [0, 128, 255, 255]
+
+
+def test_overlay_draws_the_border_alone():
+    contour = np.zeros((1, 1, 12, 12), np.uint8)
+    contour[0, 0, 3:9, 3:9] = 1
+    drawn = (overlay(np.zeros((1, 12, 12)), contour)[0] == OUTLINE).all(axis=-1)
+    inner = np.zeros((12, 12), bool)
+    inner[4:8, 4:8] = True
+    assert np.array_equal(drawn, (contour[0, 0] > 0) & ~inner)
+
+
+def test_grid_shows_contour_sample_and_overlay(tmp_path):
+    images, contours = np.full((5, 64, 64), -1.0), np.zeros((5, 1, 64, 64), np.uint8)
+    images[4] = 1.0
+    contours[4] = 1
+    write_samples(tmp_path / "sub" / "grid.png", images, contours)
+    picture = np.asarray(Image.open(tmp_path / "sub" / "grid.png"))
+    assert picture.shape[1] == 4 * (3 * 128 + 8) - 8  # four items a line, cells enlarged twice
+    last = picture[-128:, : 3 * 128]  # the fifth item begins the second line
+    assert (last[4:-4, 4:124] == 255).all() and (last[4:-4, 132:252] == 255).all()
+
+
+def test_difference_is_four_times_and_grey_at_zero(tmp_path):
+    x = np.zeros((1, 128, 128))
+    write_reconstructions(tmp_path / "panel.png", x, x + 0.1)
+    picture = np.asarray(Image.open(tmp_path / "panel.png"))
+    assert picture[-1, -1, 0] == round(1.4 * 127.5) and picture[-1, 0, 0] == 128
