@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
     if distributed.is_main():
         data = LatentDataset(args.output_dir)
-        print("\n".join(notes))
+        for note in notes:
+            print(note)
         counts = ", ".join(f"{len(data.indices(s))} {s}" for s in ("train", "val", "test"))
         print(f"{args.output_dir}: {len(data)} latents {data.latents.shape[1:]}: {counts}")
 

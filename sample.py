@@ -113,7 +113,7 @@ def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size
         what = f"{args.latent_data_dir}: contour channels and size"
         found = (data.contour_channels, data.image_size)
         require_equal(what, found, (channels, size), "another data set than the models'")
-        names = [f"{args.latent_data_dir}#{row}" for row in rows]
+        names = [f"contour of {data.rows[row].image}" for row in rows]
         labels = [data.rows[row].label for row in rows]
         labels = [name if name in classes else "" for name in labels]
         request = Request(data.contours[rows], names, labels)

@@ -70,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args, device)
     data = LatentDataset(args.latent_data_dir)
     data.require_shape(args.latent_dim, args.latent_size)
-    lineage = data.lineage(args.vae_checkpoint)
     vae, _ = load_model(args.vae_checkpoint, VAE)
+    lineage = data.lineage(args.vae_checkpoint)
 
     # Model.
     torch.manual_seed(args.seed)

@@ -51,6 +51,14 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value}; expected a number above 0")
+    return value
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     value = float(text)
@@ -86,9 +94,11 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> 
     group.add_argument(
         "--grad_accum", type=positive, default=1, help="parts a process cuts its share into"
     )
-    group.add_argument("--lr", type=float, help="learning rate")
+    group.add_argument("--lr", type=positive_float, help="learning rate")
     group.add_argument("--warmup_steps", type=int, help="steps until --lr is reached")
-    group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
+    group.add_argument(
+        "--grad_clip", type=positive_float, default=1.0, help="largest gradient norm"
+    )
     group.add_argument("--ema_decay", type=fraction, help="of the averaged weights")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks")
     group.add_argument("--log_interval", type=positive, default=50, help="steps between log lines")
@@ -143,6 +153,17 @@ def item_uniform(seed: int, stream: str, step: int, items: Sequence[int], count:
     return torch.from_numpy(np.stack(draws))
 
 
+def part_size(args: argparse.Namespace) -> int:
+    """Slices that a process takes at once; ValueError where --batch_size does not divide so."""
+    parts = distributed.world_size() * args.grad_accum
+    if args.batch_size % parts:
+        raise ValueError(
+            f"--batch_size {args.batch_size} is over all processes: expected a multiple of "
+            f"{distributed.world_size()} processes x --grad_accum {args.grad_accum}"
+        )
+    return args.batch_size // parts
+
+
 class Batches:
     """This rank's parts of the global batches of steps start + 1 to steps, in order.
 
@@ -152,14 +173,8 @@ class Batches:
     """
 
     def __init__(self, rows: Sequence[int], args: argparse.Namespace, start: int) -> None:
-        parts = distributed.world_size() * args.grad_accum
-        if args.batch_size % parts:
-            raise ValueError(
-                f"--batch_size {args.batch_size} is over all processes: expected a multiple of "
-                f"{distributed.world_size()} processes x --grad_accum {args.grad_accum}"
-            )
         self.rows, self.args, self.start = np.asarray(rows), args, start
-        self.size = args.batch_size // parts  # of one part
+        self.size = part_size(args)
         self.first = distributed.rank() * self.size * args.grad_accum
         self._epoch, self._order = -1, self.rows
 
@@ -203,10 +218,13 @@ class Run:
         self.counts: dict[str, int] = {}
         self.started = self.left = time.monotonic()
 
-        # The settings must be those of the run that is here, if one is.
+        part_size(args)
+
+        # The settings must be those of the run that is here, if one has come to a checkpoint.
         file = self.folder / "args.json"
         self.settings = json.loads(json.dumps(vars(args)))
-        if file.is_file():
+        trained = any(self.folder.glob("*.pth"))
+        if file.is_file() and trained:
             try:
                 before = json.loads(file.read_text())
             except ValueError as error:
@@ -222,7 +240,7 @@ class Run:
                     f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
                     "Give the same to resume it, or another --save_dir"
                 )
-        elif any(self.folder.glob("*.pth")):
+        elif trained:
             raise ValueError(
                 f"{self.folder} holds checkpoints but no args.json; use another folder"
             )
@@ -351,8 +369,8 @@ class Run:
         ]
         if wrong:
             raise ValueError(
-                f"training diverged ({', '.join(wrong)} is not finite); {self.last} is from "
-                "before. Lower --lr, or use --precision fp32 or bf16"
+                f"training diverged: {', '.join(wrong)} not finite at a log line; nothing was "
+                "saved since. Lower --lr, or use --precision fp32 or bf16, in another --save_dir"
             )
         return means
 
@@ -365,7 +383,8 @@ class Run:
             file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(f"{prefix}/{name}", float(value), step)
-        line = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+        shown = {name: value for name, value in values.items() if not name.startswith("loss_t")}
+        line = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
         self.say(f"step {step}/{self.args.steps}  {prefix}: {line}")
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -438,6 +457,7 @@ def run_script(main, parse_args) -> None:
         if os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"{Path(sys.argv[0]).name}: error{who}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {error}\n")
+        sys.stderr.flush()
         os._exit(2) if distributed.world_size() > 1 else sys.exit(2)
     distributed.cleanup()

@@ -1,5 +1,6 @@
 # Sourced by the launchers of the five stages: `launch SCRIPT OPTIONS...` runs a script of the
-# repository's root under torchrun, on the processes and nodes that these variables say.
+# repository's root under torchrun, on the processes and nodes that these variables say. A single
+# process needs no torchrun, and without it a mistake is one message and one exit code.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS="${GPUS:-1}"                      # processes on this node: one a GPU (one is enough on a CPU)
@@ -13,6 +14,10 @@ if ! command -v torchrun > /dev/null; then
 fi
 
 launch() {
+    if [ "$NODES" -eq 1 ] && [ "$GPUS" = 1 ]; then
+        "$(dirname "$(command -v torchrun)")/python" "$@"
+        return
+    fi
     local nodes=(--standalone)
     if [ "$NODES" -gt 1 ]; then
         if [ -z "$RDZV_ENDPOINT" ]; then

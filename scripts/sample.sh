@@ -18,10 +18,16 @@ GUIDANCE_SCALE=1.5            # 1: none; higher: closer to contour and label, le
 FORMAT=png                    # png: the window in 8 bits; npy, nifti, dicom: HU
 SEED=0                        # sample i depends on the seed and i alone
 
+# Contours of your own (--contours FILE_OR_FOLDER) or none (--unconditional) take their place.
+CONTOURS=(--latent_data_dir "$LATENT_DATA_DIR" --split "$SPLIT")   # what is asked for
+for option in "$@"; do
+    case "$option" in --contours* | --unconditional) CONTOURS=() ;; esac
+done
+
 launch sample.py \
     --vae_checkpoint "$VAE_CHECKPOINT" --unet_checkpoint "$UNET_CHECKPOINT" \
     --controlnet_checkpoint "$CONTROLNET_CHECKPOINT" \
-    --latent_data_dir "$LATENT_DATA_DIR" --split "$SPLIT" --output_dir "$OUTPUT_DIR" \
+    ${CONTOURS[@]+"${CONTOURS[@]}"} --output_dir "$OUTPUT_DIR" \
     --num_samples "$NUM_SAMPLES" --sampler "$SAMPLER" --steps "$STEPS" \
     --guidance_scale "$GUIDANCE_SCALE" --format "$FORMAT" --seed "$SEED" \
     "$@"

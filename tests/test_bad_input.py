@@ -130,6 +130,7 @@ def test_sizes_that_do_not_divide(phantoms, tmp_path, capsys):
 def test_batch_size_that_does_not_divide(phantoms, tmp_path, capsys):
     options = vae_options(phantoms, tmp_path / "run", "--steps", "1", "--grad_accum", "3")
     assert "--batch_size 4" in error_of(train_vae, options, capsys)
+    assert not (tmp_path / "run").exists()  # so the corrected command is not another's settings
 
 
 def test_a_gpu_that_is_absent(phantoms, tmp_path, capsys):
@@ -171,7 +172,7 @@ def test_a_truncated_checkpoint(stages, tmp_path, capsys):
     options = unet_options(stages, tmp_path / "run")
     options[options.index("--vae_checkpoint") + 1] = str(tmp_path / "short.pth")
     message = error_of(train_ldm_unet, options, capsys)
-    assert "short.pth" in message
+    assert "short.pth: cannot be read as a checkpoint" in message
 
 
 def test_a_truncated_last_pth_is_no_fresh_start(stages, tmp_path, capsys):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, vae_options
+from conftest import ROOT, sample_options, vae_options
+from PIL import Image
 
 LAUNCHERS = ["train_vae", "encode_dataset", "train_ldm_unet", "train_controlnet", "sample"]
 
@@ -59,6 +61,31 @@ def test_a_launcher_trains_on_two_processes(phantoms, tmp_path, without_weights)
     )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout and (tmp_path / "run" / "vae_best.pth").is_file()
+
+
+def test_a_launcher_shows_one_message_and_code_2(tmp_path):
+    launcher = str(ROOT / "scripts" / "train_vae.sh")
+    done = subprocess.run(
+        ["bash", launcher, "--csv_file", str(tmp_path / "nowhere.csv"), "--device", "cpu"],
+        env=with_torchrun(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "nowhere.csv: no such file" in done.stderr
+
+
+def test_the_sampling_launcher_takes_contours_of_the_users_own(stages, tmp_path):
+    """They replace the held-out contours that the launcher asks for by default."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 4:14] = mask[8:24, 18:28] = 255
+    Image.fromarray(mask).save(tmp_path / "contour.png")
+    options = [*sample_options(stages, tmp_path / "out"), "--contours", tmp_path / "contour.png"]
+    launcher = str(ROOT / "scripts" / "sample.sh")
+    command = ["bash", launcher, *map(str, options), "--num_samples", "1"]
+    done = subprocess.run(command, env=with_torchrun(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "sample_00000.png").is_file()
 
 
 def test_several_nodes_need_an_endpoint():
