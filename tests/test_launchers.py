@@ -1,6 +1,7 @@
 """The shell scripts: they parse, run from any folder, and pass the user's options last."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,12 @@ def test_several_nodes_need_an_endpoint():
         text=True,
     )
     assert done.returncode == 2 and "RDZV_ENDPOINT" in done.stderr
+
+
+def test_readme_names_only_files_that_exist():
+    for page in ROOT / "README.md", ROOT / "benchmarks" / "README.md":
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for name in re.findall(r"\b(?:scripts/)?\w+\.(?:py|sh)\b", text):
+            assert list(ROOT.rglob(Path(name).name)), f"{page.name}: {name}"
