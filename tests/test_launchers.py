@@ -104,5 +104,5 @@ def test_readme_names_only_files_that_exist():
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-        for name in re.findall(r"\b(?:scripts/)?\w+\.(?:py|sh)\b", text):
-            assert list(ROOT.rglob(Path(name).name)), f"{page.name}: {name}"
+        for name in re.findall(r"\b[a-z]\w*\.(?:py|sh)\b", text):
+            assert list(ROOT.rglob(name)), f"{page.name}: {name}"

@@ -269,7 +269,7 @@ def shared_run(rank: int, world: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path):
     torch.multiprocessing.spawn(shared_run, (2, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert found[0] == found[1]
     realism = pixel_metrics()
     realism.update_real(slices(7, seed=0, size=64))
