@@ -82,7 +82,8 @@ class SelfAttention(nn.Module):
         n, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, height * width)
         q, k, v = qkv.transpose(3, 4).unbind(dim=1)  # each (N, heads, positions, head channels)
-        q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        q = self.query_norm(q.float()).to(v.dtype)
+        k = self.key_norm(k.float()).to(v.dtype)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(2, 3).reshape(n, c, height, width))
 
