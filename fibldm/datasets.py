@@ -287,6 +287,8 @@ class LatentDataset:
         require_equal(f"{self.folder}: rows of its files", counts, expected, "encode again")
         self._heldout_position = {row: i for i, row in enumerate(held)}
 
+        scale = self.meta.get("latent_scale")
+        require_equal(f"{self.folder}: its latent scale", scale, LATENT_SCALE, "encode again")
         self.window: ct.Window = tuple(self.meta["window"])
         self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]

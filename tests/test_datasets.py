@@ -543,3 +543,10 @@ def test_changed_images_are_not_taken_for_encoded_ones(latents):
         encode(folder, csv_file, vae_file)
     encode(folder, csv_file, vae_file, overwrite=True)
     encode(folder, csv_file, vae_file)
+
+
+def test_latents_of_another_scale_are_refused_with_both(latents):
+    meta = latents[0] / "meta.json"
+    meta.write_text(meta.read_text().replace("0.18" + "215", "0.13025"))
+    with pytest.raises(ValueError, match=r"latent scale: found 0\.13025, expected 0\.18"):
+        LatentDataset(latents[0])
