@@ -1,6 +1,5 @@
 """CT slices: HU, the window, reading and writing one slice whatever its file format."""
 
-import datetime
 import json
 import os
 from collections.abc import Callable
@@ -11,13 +10,14 @@ import numpy as np
 import pydicom
 import tifffile
 from PIL import Image
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 from skimage.transform import resize
 
+from fibldm import dicom
+
 Window = tuple[float, float]
+AIR = dicom.AIR
 DEFAULT_WINDOW: Window = (-1000.0, 400.0)  # HU; air to just below dense bone
-AIR = -1000.0
 FORMATS = ("png", "npy", "nifti", "dicom")
 SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
 
@@ -59,9 +59,7 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
     if name.endswith((".nii", ".nii.gz")):
         return np.squeeze(nibabel.load(path).get_fdata(dtype=np.float32)).T, True
     if name.endswith((".dcm", ".dicom")):
-        dataset = pydicom.dcmread(path)
-        slope = float(getattr(dataset, "RescaleSlope", 1))
-        return dataset.pixel_array * slope + float(getattr(dataset, "RescaleIntercept", 0)), True
+        return dicom.read_frame(pydicom.dcmread(path)), True
     if name.endswith((".tif", ".tiff")):
         return tifffile.imread(path), False
     with Image.open(path) as image:
@@ -218,45 +216,9 @@ def write_slice(
         volume = nibabel.Nifti1Image(stored.T[:, :, None], affine)
         write_atomically(path, lambda temporary: nibabel.save(volume, temporary))
     elif file_format == "dicom":
-        dataset = synthetic_dicom(stored, window, spacing, path.name)
+        dataset = dicom.synthetic_dicom(stored, window, spacing, path.name)
         write_atomically(
             path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True)
         )
     else:
         raise ValueError(f"format {file_format!r}; expected one of {', '.join(FORMATS)}")
-
-
-def synthetic_dicom(stored: np.ndarray, window: Window, spacing: float, name: str):
-    """A CT Image Storage data set of int16 HU (H, W), marked as synthetic in several places."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = CTImageStorage
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID
-    now = datetime.datetime.now()
-    dataset.StudyDate = dataset.ContentDate = now.strftime("%Y%m%d")
-    dataset.StudyTime = dataset.ContentTime = now.strftime("%H%M%S")
-    dataset.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
-    dataset.Modality, dataset.Manufacturer = "CT", "FibLDM"
-    dataset.PatientName, dataset.PatientID = "SYNTHETIC^FIBLDM", f"SYNTHETIC-{Path(name).stem}"
-    dataset.PatientBirthDate = dataset.PatientSex = ""
-    dataset.AccessionNumber = dataset.ReferringPhysicianName = dataset.StudyID = ""
-    dataset.SeriesDescription = "SYNTHETIC by FibLDM, not a patient"
-    dataset.ImageComments = "Synthetic image made by a generative model. Not for diagnosis."
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
-    dataset.FrameOfReferenceUID, dataset.PositionReferenceIndicator = generate_uid(), ""
-    dataset.SeriesNumber, dataset.InstanceNumber, dataset.AcquisitionNumber = 1, 1, 1
-    dataset.KVP = ""
-    dataset.ImagePositionPatient = [0, 0, 0]
-    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    dataset.PixelSpacing, dataset.SliceThickness = [spacing, spacing], spacing
-    dataset.WindowCenter, dataset.WindowWidth = sum(window) / 2, window[1] - window[0]
-    dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, 0, "HU"
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.Rows, dataset.Columns = stored.shape
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
-    dataset.PixelRepresentation = 1
-    dataset.PixelData = stored.astype("<i2").tobytes()
-    return dataset

@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from fibldm import ct
+from fibldm import ct, dicom
 
 WINDOW = (-1000.0, 400.0)
 RESCALE = (1.0, -1024.0)
@@ -113,7 +113,7 @@ def test_dicom_says_that_it_is_synthetic_and_how_large_a_pixel_is(tmp_path):
 
 def test_dicom_takes_its_own_scale_and_not_the_data_sets(tmp_path):
     stored = np.arange(400, dtype=np.int16).reshape(20, 20)
-    dataset = ct.synthetic_dicom(stored, WINDOW, 1.0, "a.dcm")
+    dataset = dicom.synthetic_dicom(stored, WINDOW, 1.0, "a.dcm")
     dataset.RescaleSlope, dataset.RescaleIntercept = 2, -1000
     dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.dcm", RESCALE), stored * 2.0 - 1000)
