@@ -21,6 +21,13 @@ def dice(a, b):
     return 2 * np.count_nonzero(a & b) / max(1, np.count_nonzero(a) + np.count_nonzero(b))
 
 
+def lungs_in(mask, structure=None):
+    """Pieces that have at least a twentieth of the mask's area."""
+    labels, count = ndi.label(mask, structure)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    return int(np.count_nonzero(sizes > 0.05 * sizes.sum()))
+
+
 @pytest.fixture(scope="module")
 def real_slices():
     """Every fifth slice, (hu, mask)."""
@@ -159,12 +166,195 @@ def test_body_without_lungs():
     assert not lung_mask(hu).any()
 
 
-def test_a_volume_is_its_slices():
-    volume = np.stack([phantom_slice(1, level, 128)[0] for level in (0.2, 0.5, 0.8)])
+# Lungs that touch.
+
+
+@needs_ct
+@pytest.mark.parametrize("factor", [1, 2])
+def test_real_lungs_that_touch_stay_two(real_slices, factor):
+    for hu, _ in real_slices[:: 3 * factor - 2]:
+        mask = lung_mask(hu.repeat(factor, 0).repeat(factor, 1))
+        assert lungs_in(mask) == 2
+        assert lungs_in(mask, np.ones((3, 3))) == 2
+
+
+def oval(center, axes, size=256):
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    return ((x - center[0]) / axes[0]) ** 2 + ((y - center[1]) / axes[1]) ** 2 < 1
+
+
+def draw(*lungs):
+    """HU of a body with these lungs."""
+    hu = np.where(oval((0, 0), (0.85, 0.6)), 40.0, -1000.0)
+    for lung in lungs:
+        hu[lung] = -850.0
+    return hu
+
+
+def two_lungs_and_a_bridge(width):
+    lungs = oval((-0.4, 0), (0.3, 0.42)) | oval((0.4, 0), (0.3, 0.42))
+    bridge = np.zeros_like(lungs)
+    bridge[100 : 100 + width, 88:168] = True
+    return lungs, bridge
+
+
+@pytest.mark.parametrize("width", [2, 5, 9])
+def test_a_bridge_between_two_lungs_is_cut_by_a_thin_line(width):
+    lungs, bridge = two_lungs_and_a_bridge(width)
+    assert lungs_in(lungs | bridge) == 1
+    mask = lung_mask(draw(lungs | bridge))
+    assert lungs_in(mask) == 2
+    missing = (lungs | bridge) & ~mask
+    assert np.count_nonzero(missing[:, 90:166]) < 3 * width + 6
+    assert dice(mask, lungs | bridge) > 0.98
+
+
+def test_long_junction_that_only_the_pleura_shows():
+    lungs = oval((-0.28, 0), (0.3, 0.42)) | oval((0.28, 0), (0.3, 0.42))
+    hu = draw(lungs)
+    hu[:, 127:129][lungs[:, 127:129]] = -450.0
+    hu[oval((0, 0.12), (0.18, 0.25))] = 40.0  # spine and heart
+    mask = lung_mask(hu)
+    assert lungs_in(mask) == 2
+    labels, _ = ndi.label(mask)
+    assert labels[100, 70] != labels[100, 186]
+    assert mask[:, :120].sum() > 0.9 * (hu[:, :120] == -850).sum()
+
+
+def test_one_lung_with_a_waist_is_not_cut():
+    lung = oval((-0.42, -0.2), (0.25, 0.2)) | oval((-0.42, 0.2), (0.25, 0.2))
+    lung[122:134, 68:80] = True
+    assert lungs_in(lung_mask(draw(lung))) == 1
+    assert lungs_in(lung_mask(draw(lung, oval((0.42, 0), (0.25, 0.42))))) == 2
+
+
+# Volumes.
+
+
+@needs_ct
+def test_a_lung_whose_base_is_half_a_bulla_is_lung():
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.dcmread(CT / "ipf_dicom" / "020.dcm")
+    hu = data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept)
+    mask = lung_mask(hu)
+    assert mask[490, 470]  # in the bulla
+    assert mask[470:490, 545:575].all()  # in the honeycombing beside it
+
+
+def test_a_volume_of_one_slice_is_that_slice():
+    hu, _ = phantom_slice(1, 0.5, 128)
+    assert np.array_equal(lung_mask(hu[None])[0], lung_mask(hu))
+
+
+def test_the_direction_of_a_volume_does_not_matter():
+    volume = np.stack([phantom_slice(1, level, 128, 0.8)[0] for level in (0.2, 0.5, 0.7, 0.9)])
+    assert np.array_equal(lung_mask(volume[::-1])[::-1], lung_mask(volume))
+
+
+def test_neighbours_drop_bowel_and_keep_slivers():
+    # From the lungs' middle to below their base; bowel whose gas is mixed with other things.
+    whole = oval((-0.4, 0), (0.3, 0.42)) | oval((0.4, 0), (0.3, 0.42))
+    sliver = oval((-0.4, 0.3), (0.1, 0.014))
+    bowel = oval((0.3, -0.3), (0.08, 0.08))
+    below = draw(bowel)
+    below[bowel] = -800.0
+    volume = np.stack([draw(whole), draw(whole), draw(sliver), draw(), below])
+    assert lung_mask(below).any()  # alone, nothing says that it is bowel
+    assert not lung_mask(volume[2]).any()  # nor that this is lung
     masks = lung_mask(volume)
-    assert masks.shape == volume.shape
-    for hu, mask in zip(volume, masks, strict=True):
-        assert np.array_equal(lung_mask(hu), mask)
+    assert not masks[3:].any()
+    assert dice(masks[2], sliver) > 0.6
+    for mask in masks[:2]:
+        assert dice(mask, whole) > 0.98
+
+
+@needs_ct
+def test_slices_far_apart_agree():
+    pydicom = pytest.importorskip("pydicom")
+    volume = []
+    for file in sorted((CT / "ipf_dicom").glob("*.dcm")):  # 20 mm apart
+        data = pydicom.dcmread(file)
+        volume.append(data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept))
+    volume = np.stack(volume)
+    for mask, hu in zip(lung_mask(volume), volume, strict=True):
+        assert dice(mask, lung_mask(hu)) > 0.97
+
+
+# What surrounds the lungs.
+
+
+def cut(margins):
+    top, bottom, left, right = margins
+
+    def change(hu, mask):
+        rows, columns = (np.nonzero(mask.any(axis))[0] for axis in (1, 0))
+        window = np.s_[
+            rows[0] + top if top else 0 : rows[-1] - bottom if bottom else None,
+            columns[0] + left if left else 0 : columns[-1] - right if right else None,
+        ]
+        return hu[window], mask[window]
+
+    return change
+
+
+def circle(padding, inside=0):
+    """Padding outside a circle around the lungs, `inside` pixels into their sides."""
+
+    def change(hu, mask):
+        rows, columns = (np.nonzero(mask.any(axis))[0] for axis in (1, 0))
+        y, x = np.ogrid[:256, :256]
+        radius = (columns[-1] - columns[0]) / 2 + (-inside if inside else 30)
+        far = np.hypot(y - rows[[0, -1]].mean(), x - columns[[0, -1]].mean()) > radius
+        return np.where(far, padding, hu), mask & ~far
+
+    return change
+
+
+def arms(hu, mask):
+    hu = hu.copy()
+    for column in (-0.9, 0.9):
+        hu[oval((column, 0), (0.12, 0.25))] = 40.0
+        hu[oval((column, 0), (0.04, 0.05))] = 600.0
+    return hu, mask
+
+
+def touching_table(hu, mask):
+    body = ndi.binary_fill_holes(hu > -350)
+    bottom = np.nonzero(body.sum(1) > 60)[0][-1]
+    hu = hu.copy()
+    hu[bottom + 1 :] = -1000.0
+    hu[bottom : bottom + 2, 30:226] = 0.0
+    return hu, mask
+
+
+@needs_ct
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        (lambda hu, mask: (hu[::-1], mask[::-1]), 0.975),
+        (cut((0, 0, 15, 0)), 0.95),
+        (cut((0, 0, 8, 8)), 0.95),
+        (cut((10, 0, 0, 0)), 0.95),
+        (cut((0, 8, 0, 0)), 0.95),
+        (circle(-3024.0), 0.975),
+        (circle(0.0), 0.975),
+        (circle(3071.0), 0.975),
+        (circle(-3024.0, inside=8), 0.93),
+        (arms, 0.97),
+        (touching_table, 0.975),
+        (lambda hu, mask: (np.clip((hu + 800) * 1.24 - 1000, -1024, 3071), mask), 0.975),
+    ],
+    ids=[
+        *("prone", "left", "sides", "front", "back", "dark", "zero", "bright", "small"),
+        *("arms", "table", "calibrated"),
+    ],
+)
+def test_holds_whatever_surrounds_the_lungs(real_slices, change, least):
+    pairs = [change(*pair) for pair in real_slices[::3]]
+    assert np.mean([dice(lung_mask(hu), mask) for hu, mask in pairs]) >= least
+
+
+# The call.
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64, 64)])
