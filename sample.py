@@ -2,8 +2,9 @@
 
 import argparse
 import csv
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fibldm.training import (
     item_noise,
     make_parser,
     positive,
+    positive_float,
     replace_text,
     run_script,
 )
@@ -79,9 +81,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="samples", help="gets the files and grid.png")
     output.add_argument(
-        "--format", choices=ct.FORMATS, default="png", help="png: window; others: HU"
-    )
-    output.add_argument("--pixel_spacing", type=float, default=1.0, help="mm, in NIfTI and DICOM")
+        "--format", choices=ct.FORMATS, default="png",
+        help="all hold HU; 16-bit png by the scale in dataset.json",
+    )  # fmt: skip
+    output.add_argument(
+        "--pixel_spacing", type=positive_float,
+        help="mm, in NIfTI and DICOM (default: the training data's where known, else 1)",
+    )  # fmt: skip
     output.add_argument("--overwrite", action="store_true", help="replace samples that are there")
     add_machine_options(parser, workers=False)
     return parser.parse_args(argv)
@@ -96,15 +102,19 @@ class Request:
     labels: list[str]
 
 
-def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size: int) -> Request:
-    """What the options ask for; ValueError where the models cannot give it."""
-    channels = unet.config["contour_channels"]
+def read_requests(args: argparse.Namespace, unet: UNet, content: dict, size: int) -> Request:
+    """What the options ask for; ValueError where the models cannot give it.
+
+    Contours of another style than the U-Net's, which `content` of its file tells, are converted.
+    """
+    channels, classes = unet.config["contour_channels"], content["classes"]
+    style = content.get("contour_style")
     if args.unconditional:
         request = Request(None, [""], [""])
     elif args.contours is not None:
         files = contour_files(Path(args.contours))
-        contours = [ct.fit_contour(ct.read_contour(f, channels), size) for f in files]
-        request = Request(np.stack(contours), [str(f) for f in files], [""] * len(files))
+        contours = fit_contours((ct.read_contour(f, channels) for f in files), size, style)
+        request = Request(contours, [str(f) for f in files], [""] * len(files))
     else:
         data = LatentDataset(args.latent_data_dir)
         rows = data.indices(args.split)
@@ -116,7 +126,7 @@ def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size
         names = [f"contour of {data.rows[row].image}" for row in rows]
         labels = [data.rows[row].label for row in rows]
         labels = [name if name in classes else "" for name in labels]
-        request = Request(data.contours[rows], names, labels)
+        request = Request(fit_contours(data.contours[rows], size, style), names, labels)
     if args.label is not None:
         if args.label not in classes:
             raise ValueError(
@@ -124,6 +134,21 @@ def read_requests(args: argparse.Namespace, unet: UNet, classes: list[str], size
             )
         request = Request(request.contours, request.names, [args.label] * len(request.names))
     return request
+
+
+def fit_contours(contours: Iterable[np.ndarray], size: int, style: str | None) -> np.ndarray:
+    """Contours (K, H, W) -> (M, K, size, size), in the style that the U-Net knows."""
+    fitted, converted = [], 0
+    for contour in contours:
+        converted += style is not None and ct.contour_style(contour) not in (None, style)
+        fitted.append(ct.fit_contour(contour, size, style))
+    if converted and distributed.is_main():
+        done = "masks, their outlines" if style == "outline" else "outlines, filled masks"
+        print(
+            f"{converted} of {len(fitted)} contours are {done} are taken: the U-Net was trained on "
+            f"{style} contours"
+        )
+    return np.stack(fitted)
 
 
 def contour_files(path: Path) -> list[Path]:
@@ -135,6 +160,16 @@ def contour_files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"--contours {path}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def identity(args: argparse.Namespace, request: Request) -> str:
+    """A hash of what the samples follow from, but not of file names: sample i is of this run."""
+    files = (args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint)
+    options = ("sampler", "steps", "spacing", "guidance_scale", "guidance_interval")
+    facts = [file_hash(file) for file in files if file is not None]
+    facts += [getattr(args, name) for name in (*options, "guidance_rescale", "seed")]
+    contours = b"" if request.contours is None else request.contours.tobytes()
+    return hashlib.sha256(repr([facts, request.labels]).encode() + contours).hexdigest()
 
 
 def load_models(args: argparse.Namespace) -> tuple[VAE, UNet, ControlNet | None, dict, dict]:
@@ -167,6 +202,8 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     if (output / "samples.csv").exists() and not args.overwrite:
         raise ValueError(f"{output} holds samples already; use --overwrite or another --output_dir")
+    if (output / "dataset.json").exists() and not (output / "samples.csv").exists():
+        raise ValueError(f"{output} holds a dataset.json of other images; use another --output_dir")
     if args.unconditional and args.controlnet_checkpoint is not None:
         raise ValueError("--unconditional: a ControlNet needs contours; leave it out")
     distributed.barrier()
@@ -177,7 +214,10 @@ def main(args: argparse.Namespace) -> None:
         model.to(device)
     classes, window = unet_content["classes"], tuple(vae_content["window"])
     size = vae.config["image_size"]
-    request = read_requests(args, unet, classes, size)
+    request = read_requests(args, unet, unet_content, size)
+    run = identity(args, request)
+    known_spacing = args.pixel_spacing or unet_content.get("pixel_spacing")
+    spacing = known_spacing or 1.0
     count = args.num_samples or (16 if args.unconditional else len(request.names))
     scheduler = CosineScheduler(device=device)
     timesteps = scheduler.timesteps(args.steps, args.spacing)
@@ -218,7 +258,11 @@ def main(args: argparse.Namespace) -> None:
         for items in chunks(mine, args.batch_size):
             images = draw(items)
             for i, image in zip(items, images, strict=True):
-                ct.write_slice(output / files[i], image, window, args.format, args.pixel_spacing)
+                # No file name of a contour: it may be a patient's, and samples are given away.
+                label = request.labels[sources[i]] or "none"
+                comment = f"Sample {i} of seed {args.seed}, class {label}, run {run[:12]}."
+                path = output / files[i]
+                ct.write_slice(path, image, window, args.format, spacing, run, i, comment)
             shown += [image for i, image in zip(items, images, strict=True) if i < GRID]
             if request.contours is not None:
                 contours = request.contours[[sources[i] for i in items]]
@@ -236,24 +280,28 @@ def main(args: argparse.Namespace) -> None:
         [name, request.names[s], request.labels[s], args.seed, *checkpoints]
         for name, s in zip(files, sources, strict=True)
     ]
+    if args.format == "png":
+        ct.write_facts(output, ct.png_facts(window, known_spacing))
     write_table(output / "samples.csv", [header, *rows])
     contours = None if request.contours is None else request.contours[sources[: len(shown)]]
     write_samples(output / "grid.png", np.stack(shown), contours)
     print(f"{output}: {count} samples ({args.format}), samples.csv, grid.png")
+    if known_spacing is None and args.format in ("nifti", "dicom"):
+        print("pixels are written as 1 mm, an assumption: the data's are unknown (--pixel_spacing)")
     if agreement:
         mean = np.mean(agreement)
         print(f"mean Dice of contours and lungs segmented from {count} samples: {mean:.3f}")
 
 
 def remove_samples(output: Path) -> None:
-    """Remove the files that an earlier samples.csv lists, so that no two runs are mixed."""
+    """Remove what an earlier samples.csv lists and its dataset.json, so that no runs are mixed."""
     table = output / "samples.csv"
     if table.is_file():
         with open(table, newline="") as file:
             names = [row["file"] for row in csv.DictReader(file)]
-        table.unlink()
-        for name in names:
+        for name in [*names, "dataset.json"]:
             (output / Path(name).name).unlink(missing_ok=True)
+        table.unlink()
 
 
 def write_table(path: Path, rows: list[list]) -> None:

@@ -103,6 +103,11 @@ def main(args: argparse.Namespace) -> None:
     data.require_shape(args.latent_dim, args.latent_size, args.contour_channels)
     lineage = {**data.lineage(args.vae_checkpoint), "unet": file_hash(args.unet_checkpoint)}
     data.use_classes(unet_content["classes"])
+    style = unet_content.get("contour_style")
+    if style and data.contour_style:
+        what = f"{folder}: the style of its contours"
+        remedy = "as the U-Net's; convert them by scripts/prepare_data.py --contour_style"
+        require_equal(what, data.contour_style, style, remedy)
 
     # Model.
     torch.manual_seed(args.seed)

@@ -105,6 +105,7 @@ def main(args: argparse.Namespace) -> None:
         loss = validation.measure(lambda c, y: steer(ema.model, None, c, y), run, step)
         if run.is_best(loss) and distributed.is_main():
             facts = {"window": list(data.window), "classes": data.classes, "step": step}
+            facts |= {"pixel_spacing": data.pixel_spacing, "contour_style": data.contour_style}
             save_model(run.folder / "unet_best.pth", ema.model, lineage, **facts)
         run.end_validation(step)
 

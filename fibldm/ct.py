@@ -1,8 +1,11 @@
 """CT slices: HU, the window, reading and writing one slice whatever its file format."""
 
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nibabel
@@ -10,16 +13,23 @@ import numpy as np
 import pydicom
 import tifffile
 from PIL import Image
-from scipy import ndimage
-from skimage.transform import resize
+from scipy import ndimage, sparse
 
-from fibldm import dicom
+from fibldm import dicom, nifti
 
 Window = tuple[float, float]
 AIR = dicom.AIR
 DEFAULT_WINDOW: Window = (-1000.0, 400.0)  # HU; air to just below dense bone
 FORMATS = ("png", "npy", "nifti", "dicom")
 SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
+SCALE_REMEDY = (
+    'write a dataset.json beside label.csv, as {"rescale_slope": 1.0, "rescale_intercept": -1024.0}'
+    " for HU = stored - 1024"
+)
+STYLES = ("filled", "outline")  # of contours
+PNG_LEVELS = 65535  # of the PNG files that are written, above 0
+LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
+PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
 
 
 def hu_to_unit(hu: np.ndarray, window: Window = DEFAULT_WINDOW) -> np.ndarray:
@@ -34,21 +44,66 @@ def unit_to_hu(image: np.ndarray, window: Window = DEFAULT_WINDOW) -> np.ndarray
     return (np.asarray(image, np.float32) + 1) * ((high - low) / 2) + low
 
 
-def read_rescale(folder: Path) -> tuple[float, float] | None:
-    """(slope, intercept) of the folder's dataset.json, None where there is no such file."""
+@dataclass(frozen=True)
+class Facts:
+    """What dataset.json says of the slices beside it; None where it does not say.
+
+    `rescale` is (slope, intercept) of HU = slope * stored + intercept, None only without the
+    file; `pixel_spacing` mm, where all slices have the same; `contour_style` one of STYLES.
+    """
+
+    rescale: tuple[float, float] | None = None
+    pixel_spacing: float | None = None
+    contour_style: str | None = None
+
+
+def read_facts(folder: Path) -> Facts:
+    """The folder's dataset.json; all unknown where there is none, ValueError where it is bad."""
     path = folder / "dataset.json"
     if not path.is_file():
-        return None
+        return Facts()
     try:
-        content = json.loads(path.read_text())
-        slope, intercept = float(content["rescale_slope"]), float(content["rescale_intercept"])
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected numbers rescale_slope and rescale_intercept ({error!r})"
+            f"{path}: expected JSON with numbers rescale_slope and rescale_intercept: {error}"
         ) from error
-    if slope == 0 or not np.isfinite([slope, intercept]).all():
-        raise ValueError(f"{path}: rescale_slope {slope}, rescale_intercept {intercept}")
-    return slope, intercept
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object with rescale_slope and rescale_intercept")
+
+    def number(name: str) -> float:
+        value = content.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{path}: {name}: found {value!r}, expected a number")
+        return float(value)
+
+    slope, intercept = number("rescale_slope"), number("rescale_intercept")
+    if slope == 0:
+        raise ValueError(f"{path}: rescale_slope 0, expected another number: all HU would be one")
+    spacing = number("pixel_spacing") if content.get("pixel_spacing") is not None else None
+    if spacing is not None and spacing <= 0:
+        raise ValueError(f"{path}: pixel_spacing {spacing:g}, expected mm above 0")
+    style = content.get("contour_style")
+    if style not in (None, *STYLES):
+        raise ValueError(f"{path}: contour_style {style!r}, expected one of {', '.join(STYLES)}")
+    return Facts((slope, intercept), spacing, style)
+
+
+def read_rescale(folder: Path) -> tuple[float, float] | None:
+    """(slope, intercept) of the folder's dataset.json, None where there is no such file."""
+    return read_facts(folder).rescale
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """Write dataset.json, whole or not at all, so that `read_facts` gives `facts` again."""
+    slope, intercept = facts.rescale
+    content = {"rescale_slope": slope, "rescale_intercept": intercept}
+    if facts.pixel_spacing is not None:
+        content["pixel_spacing"] = facts.pixel_spacing
+    if facts.contour_style is not None:
+        content["contour_style"] = facts.contour_style
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(folder / "dataset.json", lambda temporary: temporary.write_text(text))
 
 
 def _decode(path: Path) -> tuple[np.ndarray, bool]:
@@ -57,7 +112,12 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
     if name.endswith(".npy"):
         return np.asarray(np.load(path, allow_pickle=False)), False
     if name.endswith((".nii", ".nii.gz")):
-        return np.squeeze(nibabel.load(path).get_fdata(dtype=np.float32)).T, True
+        volume, _, heights = nifti.read_volume(path)
+        if heights is None:  # as it is stored, its first axis as columns
+            return np.squeeze(volume).T, True
+        if len(volume) > 1 and 1 in volume.shape:
+            raise ValueError(f"one slice, but not an axial one: {volume.shape} from head to feet")
+        return volume[0] if len(volume) == 1 else volume, True
     if name.endswith((".dcm", ".dicom")):
         return dicom.read_frame(pydicom.dcmread(path)), True
     if name.endswith((".tif", ".tiff")):
@@ -97,90 +157,176 @@ def read_hu(
     values as HU. Unsigned 16-bit values without it raise ValueError: their HU is anyone's guess.
     """
     array, is_hu = decode(path)
-    if array.ndim == 3 and array.shape[2] in (3, 4):
-        rgb = array[..., :3]
-        if not (rgb == rgb[..., :1]).all():
-            raise ValueError(f"{path}: a colour image, expected grey levels")
-        array = rgb[..., 0]
+    array = grey_levels(array, path)
     if array.ndim != 2:
         raise ValueError(f"{path}: expected one 2D slice, found an array of shape {array.shape}")
-    if is_hu:
-        slope, intercept = 1.0, 0.0
-    elif rescale is not None:
+    return scale_to_hu(array, path, (1.0, 0.0) if is_hu else rescale, window)
+
+
+def grey_levels(array: np.ndarray, path: str | Path) -> np.ndarray:
+    """A picture (H, W, 3 or 4) as (H, W); ValueError where it has colours. Others as they are."""
+    if array.ndim != 3 or array.shape[2] not in (3, 4):
+        return array
+    rgb = array[..., :3]
+    if not (rgb == rgb[..., :1]).all():
+        raise ValueError(f"{path}: a colour image, expected grey levels")
+    return rgb[..., 0]
+
+
+def scale_to_hu(
+    array: np.ndarray,
+    path: str | Path,
+    rescale: tuple[float, float] | None = None,
+    window: Window = DEFAULT_WINDOW,
+) -> np.ndarray:
+    """Stored values of any shape, of a file without a scale of its own, as HU: see `read_hu`."""
+    if rescale is not None:
         slope, intercept = rescale
     elif array.dtype == np.uint8:
         slope, intercept = (window[1] - window[0]) / 255, window[0]
     elif array.dtype.kind in "if":
         slope, intercept = 1.0, 0.0
     else:
-        raise ValueError(
-            f"{path}: {array.dtype} values without a scale; write a dataset.json beside label.csv, "
-            'as {"rescale_slope": 1.0, "rescale_intercept": -1024.0} for HU = stored - 1024'
-        )
+        raise ValueError(f"{path}: {array.dtype} values without a scale; {SCALE_REMEDY}")
     hu = array.astype(np.float32) * slope + intercept
     if not np.isfinite(hu).all():
         raise ValueError(f"{path}: {int((~np.isfinite(hu)).sum())} values are not finite")
     return hu
 
 
+def as_mask(array: np.ndarray) -> np.ndarray:
+    """What a mask, outline or label map marks, bool of the same shape.
+
+    Whole numbers with few distinct values (0 and 1, 0 and 255, labels): all that is not 0. Other
+    values (an anti-aliased mask, a probability): what exceeds half of the maximum. Raises
+    ValueError for negative values, values not finite, and pictures, such as a CT slice.
+    """
+    if array.dtype == bool:
+        return array
+    if not np.isfinite(array).all():
+        raise ValueError(f"{int((~np.isfinite(array)).sum())} values are not finite")
+    if array.size and array.min() < 0:
+        raise ValueError(f"values from {array.min()}, expected a contour: 0 outside, more inside")
+    if (array == np.round(array)).all() and len(np.unique(array)) <= LABELS:
+        return array > 0
+    high = array.max()
+    between = ((array > 0.1 * high) & (array < 0.9 * high)).mean()
+    if between > PICTURE:
+        raise ValueError(
+            f"a picture rather than a contour: {between:.0%} of its values lie between 10% and "
+            f"90% of its maximum {high:g}; expected a mask, an outline or a label map"
+        )
+    return array > high / 2
+
+
 def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
     """A contour, bool (channels, H, W).
 
-    With one channel: where the file exceeds half of its maximum. With K channels the file is a
-    label map (0 outside, label k in channel k - 1) or an image of K channels, each halved so.
+    With one channel: what the file marks, by `as_mask`. With K channels the file is a label map
+    (0 outside, label k in channel k - 1) or an image of K channels, each taken by `as_mask`.
     """
     array, _ = decode(path)
     if array.ndim == 3 and array.shape[2] in (3, 4) and channels != array.shape[2]:
         array = array[..., :3].max(axis=2)
-    if array.ndim == 3 and array.shape[2] == channels:
-        array = np.moveaxis(array, 2, 0)
-        return array > np.maximum(array.max(axis=(1, 2), keepdims=True), 1e-6) / 2
-    if array.ndim != 2:
+    in_channels = array.ndim == 3 and array.shape[2] == channels
+    if array.ndim != 2 and not in_channels:
         raise ValueError(
             f"{path}: expected a contour of {channels} channel(s), found shape {array.shape}"
         )
-    if channels == 1:
-        return (array > max(float(array.max()), 1e-6) / 2)[None]
-    if array.max() > channels or (array != np.round(array)).any():
+    if in_channels or channels == 1:
+        try:
+            masks = np.moveaxis(array, 2, 0) if in_channels else array[None]
+            return np.stack([as_mask(mask) for mask in masks])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    labels = np.arange(1, channels + 1)
+    if not np.isin(array, [0, *labels]).all():
         raise ValueError(
             f"{path}: expected labels 0 to {channels} (--contour_channels {channels}), found "
-            f"values up to {array.max()}"
+            f"values from {array.min()} up to {array.max()}"
         )
-    return array[None] == np.arange(1, channels + 1)[:, None, None]
+    return array[None] == labels[:, None, None]
 
 
-def fit_square(array: np.ndarray, size: int, fill: float) -> np.ndarray:
-    """(..., H, W) -> float32 (..., size, size): padded to a square around its centre, resized.
+def fit_square(
+    array: np.ndarray,
+    size: int,
+    fill: float,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    pixel: float | None = None,
+) -> np.ndarray:
+    """(..., H, W) -> float32 (..., size, size), centred, with square pixels.
 
-    Downwards by area, with anti-aliasing; upwards bilinear. Values stay within their range.
+    spacing: mm between rows and between columns. pixel: mm of a pixel of the result; by default the
+    longer side just fits. What lies outside of the array is `fill`. Downwards each pixel is the
+    mean of the area it covers; upwards bilinear. Values stay within their range.
     """
-    height, width = array.shape[-2:]
     array = np.asarray(array, np.float32)
-    side = max(height, width)
-    if height != width:
-        top, left = (side - height) // 2, (side - width) // 2
-        pad = [(0, 0)] * (array.ndim - 2)
-        pad += [(top, side - height - top), (left, side - width - left)]
-        array = np.pad(array, pad, constant_values=fill)
-    if side == size:
-        return array
-    if side % size == 0:  # the common case, 512 to 256: the mean of each block is exact
-        f = side // size
-        return array.reshape(*array.shape[:-2], size, f, size, f).mean(axis=(-3, -1))
-    shape = (*array.shape[:-2], size, size)
-    return resize(array, shape, order=1, anti_aliasing=side > size).astype(np.float32)
+    lengths = [n * mm for n, mm in zip(array.shape[-2:], spacing, strict=True)]
+    pixel = pixel or max(lengths) / size
+    rows, columns = (
+        _weights(n, size, pixel / mm) for n, mm in zip(array.shape[-2:], spacing, strict=True)
+    )
+    outside = fill * (1 - np.outer(rows.sum(1), columns.sum(1)))
+    flat = array.reshape(-1, *array.shape[-2:])
+    fitted = [rows @ (columns @ image.T).T + outside for image in flat]
+    return np.stack(fitted).astype(np.float32).reshape(*array.shape[:-2], size, size)
 
 
-def fit_contour(contour: np.ndarray, size: int) -> np.ndarray:
+@cache
+def _weights(count: int, size: int, scale: float) -> sparse.csr_array:
+    """(size, count): what each of `size` centred pixels, `scale` old ones long, takes of those."""
+    start = -math.floor(round((size * scale - count) / 2, 6))  # whole old pixels are cut or added
+    low = start + scale * np.arange(size)[:, None]
+    old = np.arange(count)
+    if scale >= 1:
+        share = np.clip(np.minimum(low + scale, old + 1) - np.maximum(low, old), 0, None) / scale
+    else:
+        centre = low + scale / 2
+        share = np.clip(1 - abs(np.clip(centre - 0.5, 0, count - 1) - old), 0, None)
+        share[((centre < 0) | (centre > count))[:, 0]] = 0
+    return sparse.csr_array(share)
+
+
+def contour_style(contour: np.ndarray) -> str | None:
+    """ "outline" or "filled" for a contour (K, H, W), None where it is empty or too small to tell.
+
+    Filling the holes of outlines more than doubles what is drawn; it adds little to a mask, which
+    is also more than two pixels thick somewhere.
+    """
+    drawn = int((contour != 0).sum())
+    added = int(fill_outline(contour).sum()) - drawn
+    if added > drawn:
+        return "outline"
+    thick = any(ndimage.binary_erosion(channel).any() for channel in contour)
+    return "filled" if thick and added < drawn / 4 else None
+
+
+def fill_outline(contour: np.ndarray) -> np.ndarray:
+    """Closed outlines (K, H, W) and what lies inside of them, bool."""
+    return np.stack([ndimage.binary_fill_holes(channel) for channel in contour])
+
+
+def outline_mask(contour: np.ndarray) -> np.ndarray:
+    """The edge of masks (K, H, W), one pixel wide and inside of them, bool."""
+    contour = contour != 0
+    return contour & ~np.stack([ndimage.binary_erosion(channel) for channel in contour])
+
+
+def fit_contour(contour: np.ndarray, size: int, style: str | None = None) -> np.ndarray:
     """Bool (K, H, W) -> uint8 (K, size, size), 0 or 1; an outline stays closed.
 
     A mask keeps the pixels that it covers by half; an outline, which is thinner than a pixel
-    after reduction, all that it touches.
+    after reduction, all that it touches. With `style`, masks become outlines, or outlines masks.
     """
+    found = contour_style(contour)
+    if (found, style) == ("outline", "filled"):
+        contour, found = fill_outline(contour), style
     soft = fit_square(contour, size, 0)
-    filled = np.stack([ndimage.binary_fill_holes(channel) for channel in contour])
-    outline = filled.sum() > 2 * contour.sum()
-    return (soft > 0 if outline else soft >= 0.5).astype(np.uint8)
+    fitted = soft > 0 if found == "outline" else soft >= 0.5
+    if (found, style) == ("filled", "outline"):
+        fitted = outline_mask(fitted)
+    return fitted.astype(np.uint8)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -193,19 +339,33 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_slice(
-    path: Path, image: np.ndarray, window: Window, file_format: str, spacing: float = 1.0
-) -> None:
-    """Write one slice (H, W), in [-1, 1] over `window`.
+def png_facts(window: Window, spacing: float | None = None) -> Facts:
+    """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
+    return Facts(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
 
-    "png" holds the window over 0 to 255; "npy" float32 HU; "nifti" and "dicom" int16 HU with
-    pixels of `spacing` mm.
+
+def write_slice(
+    path: Path,
+    image: np.ndarray,
+    window: Window,
+    file_format: str,
+    spacing: float = 1.0,
+    run: str = "",
+    number: int = 0,
+    comment: str = "",
+) -> None:
+    """Write one slice (H, W), in [-1, 1] over `window`; what is read back is the same to 1 HU.
+
+    "png" holds the window over 0 to 65535: in 8 bits, 1400 HU would become steps of 5.5 HU. Its
+    HU are read with `png_facts` beside it. "npy" is float32 HU; "nifti" and "dicom" int16 HU with
+    pixels of `spacing` mm. `run`, `number` and `comment` go into DICOM: `dicom.synthetic_dicom`.
     """
+    image = np.clip(image, -1, 1)
     if file_format == "png":
-        pixels = np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+        pixels = np.round((image.astype(np.float64) + 1) * (PNG_LEVELS / 2)).astype(np.uint16)
         write_atomically(path, Image.fromarray(pixels).save)
         return
-    hu = unit_to_hu(np.clip(image, -1, 1), window)
+    hu = unit_to_hu(image, window)
     if file_format == "npy":
         write_atomically(path, lambda temporary: np.save(temporary, hu))
         return
@@ -214,9 +374,13 @@ def write_slice(
         # NIfTI's axes point to the patient's right, front and head: the image's x and y turned.
         affine = np.diag([-spacing, -spacing, spacing, 1.0])
         volume = nibabel.Nifti1Image(stored.T[:, :, None], affine)
+        volume.set_sform(affine, code="scanner")
+        volume.set_qform(affine, code="scanner")
+        volume.header.set_xyzt_units("mm")
+        volume.header["descrip"] = "SYNTHETIC by FibLDM, of no patient. Not for diagnosis."
         write_atomically(path, lambda temporary: nibabel.save(volume, temporary))
     elif file_format == "dicom":
-        dataset = dicom.synthetic_dicom(stored, window, spacing, path.name)
+        dataset = dicom.synthetic_dicom(stored, window, spacing, path.name, run, number, comment)
         write_atomically(
             path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True)
         )

@@ -25,6 +25,7 @@ from fibldm.vae import LATENT_SCALE, VAE
 
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
+MEASURED = 512  # contours at most, evenly spaced, whose style is measured
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,60 @@ def list_some(lines: Sequence[str]) -> str:
     return f"\n  {shown}{more}"
 
 
+@dataclass(frozen=True)
+class TableProblem:
+    """Something wrong in label.csv that training refuses, and the lines, files or patients."""
+
+    kind: str
+    names: list[str]
+    message: str
+
+
 def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[list[Row], list[str]]:
     """Read label.csv, whose paths are relative to `root`; return its rows and notes for the user.
 
     Raises ValueError for a missing or empty table, missing columns, files or patients.
     """
+    rows, notes, problems = parse_table(csv_file, root, split)
+    if problems:
+        raise ValueError(problems[0].message)
+    return rows, notes
+
+
+def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
+    """The lines of a CSV file that are not empty: their number in the file, their stripped cells.
+
+    Raises ValueError naming the file where it can't be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV text file in UTF-8: {error}") from error
+    return [(number, line) for number, line in lines if any(line)]
+
+
+def parse_table(
+    csv_file: str | Path, root: str | Path, split: Split
+) -> tuple[list[Row], list[str], list[TableProblem]]:
+    """`read_table` that returns all that is wrong beside the rows, which may lack cells and files.
+
+    Raises ValueError where there are no rows: no table, no text, no second column.
+    """
     csv_file, root, notes = Path(csv_file), Path(root), []
+    problems: list[TableProblem] = []
     if not csv_file.is_file():
         raise ValueError(f"{csv_file}: no such file; expected a table with columns image,contour")
-    try:
-        with open(csv_file, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            numbered = [(reader.line_num, line) for line in reader if "".join(line).strip()]
-            lines = [line for _, line in numbered]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{csv_file}: not a CSV text file in UTF-8: {error}") from error
+    numbered = read_lines(csv_file)
+    lines = [line for _, line in numbered]
     if len(lines) < 2:
         raise ValueError(f"{csv_file}: {len(lines)} lines; expected a header and a line a slice")
 
     # Columns by name, or the first two.
-    header = [name.strip().lower() for name in lines[0]]
+    header = [name.lower() for name in lines[0]]
     if len(header) < 2:
         raise ValueError(
             f"{csv_file}: 1 column ({lines[0][0]!r}); expected at least two, image and contour"
@@ -91,54 +126,68 @@ def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[li
         notes.append(f"{csv_file}: columns {lines[0][:2]} are taken as image and contour")
     short = [f"line {i}: {line}" for i, line in numbered[1:] if len(line) < len(header)]
     if short:
-        raise ValueError(
+        message = (
             f"{csv_file}: {len(short)} lines have fewer cells than the header's {len(header)}:"
             + list_some(short)
         )
+        problems.append(TableProblem("short lines", short, message))
 
     # Rows, with their files and their split.
-    rows, missing = [], []
+    rows, missing, unknown = [], [], []
     for line in lines[1:]:
-        cells = {name: line[i].strip() for name, i in column.items()}
+        line = line + [""] * (len(header) - len(line))
+        cells = {name: line[i] for name, i in column.items()}
         patient = cells.get("patient_id") or cells["image"]
         part = cells.get("split", "").lower() or split.of(patient)
         if part not in SPLITS:
-            raise ValueError(f"{csv_file}: split {part!r}; expected one of {', '.join(SPLITS)}")
+            unknown.append(part)
         rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
         pair = rows[-1].image, rows[-1].contour
         missing += [name for name in pair if not (root / name).is_file()]
+    if unknown:
+        message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"
+        problems.append(TableProblem("unknown split", unknown, message))
     if missing:
-        raise ValueError(
+        message = (
             f"{csv_file}: {len(missing)} files are missing below {root} (paths in the table are "
             f"relative to that folder):" + list_some(missing)
         )
-    check_split(csv_file, rows)
+        problems.append(TableProblem("missing files", missing, message))
+    problems += check_split(csv_file, rows)
     if "patient_id" not in column:
         notes.append(
             f"WARNING: {csv_file} has no patient_id column: each row counts as its own patient. If "
             "a patient has several slices, some land in training and some in validation, and "
             "held-out numbers will look better than they are."
         )
-    return rows, notes
+    return rows, notes, problems
 
 
-def check_split(csv_file: Path, rows: list[Row]) -> None:
-    """Raise ValueError where a patient is in two splits, or none is in training or validation."""
+def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
+    """Patients that are in two splits, and a split that training needs and nobody is in."""
     parts: dict[str, str] = {}
+    torn: dict[str, str] = {}
     for row in rows:
         if parts.setdefault(row.patient_id, row.split) != row.split:
-            raise ValueError(
-                f"{csv_file}: patient {row.patient_id} is in {parts[row.patient_id]} and in "
-                f"{row.split}; a patient's slices belong to one split"
-            )
+            torn.setdefault(row.patient_id, row.split)
+    problems = []
+    if torn:
+        patient, second = next(iter(torn.items()))
+        message = (
+            f"{csv_file}: patient {patient} is in {parts[patient]} and in {second}; a patient's "
+            "slices belong to one split"
+        )
+        problems.append(TableProblem("patient in two splits", list(torn), message))
     count = Counter(parts.values())
     for part, remedy in ("train", "lower"), ("val", "raise"):
         if not count[part]:
-            raise ValueError(
+            message = (
                 f"{csv_file}: of {len(parts)} patients none falls into the {part} split, expected "
                 f"at least 1; {remedy} --val_fraction of train_vae.py, change its --split_seed, "
                 "or add a split column"
             )
+            problems.append(TableProblem("empty split", [part], message))
+    return problems
 
 
 class CTDataset(Dataset):
@@ -158,9 +207,10 @@ class CTDataset(Dataset):
     ) -> None:
         self.rows, self.root, self.image_size = rows, Path(root), image_size
         self.window, self.contour_channels = window, contour_channels
-        self.rescale = ct.read_rescale(Path(rescale_folder))
-        if self.rescale is None:
-            self.rescale = ct.read_rescale(self.root)
+        self.facts = ct.read_facts(Path(rescale_folder))
+        if self.facts.rescale is None:
+            self.facts = ct.read_facts(self.root)
+        self.rescale = self.facts.rescale
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -219,24 +269,39 @@ class CTDataset(Dataset):
             )
         return notes
 
-    def check(self) -> None:
-        """Decode every file, shared over the ranks; ValueError lists the bad ones."""
+    def check(self) -> set[tuple[int, int]]:
+        """Decode every file, shared over the ranks; return their sizes (H, W).
 
-        def problem(row: int) -> str | None:
+        Raises ValueError with a list of the bad ones.
+        """
+
+        def problem_or_size(row: int) -> str | tuple[int, int]:
             try:
-                self.read_pair(row)
+                return self.read_pair(row)[0].shape
             except ValueError as error:
                 return str(error)
-            return None
 
         mine = distributed.share(len(self))
         quiet = None if distributed.is_main() else True
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = list(tqdm(pool.map(problem, mine), "checking files", len(mine), disable=quiet))
-        mine_bad = [text for text in found if text]
-        problems = [text for part in distributed.gather(mine_bad) for text in part]
+            looked_at = pool.map(problem_or_size, mine)
+            found = list(tqdm(looked_at, "checking files", len(mine), disable=quiet))
+        everywhere = [result for part in distributed.gather(found) for result in part]
+        problems = [result for result in everywhere if isinstance(result, str)]
         if problems:
-            raise ValueError(f"{len(problems)} of {len(self)} rows are bad:" + list_some(problems))
+            short = [text.replace(f"; {ct.SCALE_REMEDY}", "") for text in problems]
+            remedy = "" if short == problems else f"\n{ct.SCALE_REMEDY}"
+            raise ValueError(
+                f"{len(problems)} of {len(self)} rows are bad:{list_some(short)}{remedy}"
+            )
+        return set(everywhere)
+
+    def fitted_spacing(self, sizes: set[tuple[int, int]]) -> float | None:
+        """mm of a pixel of the resized slices; None where unknown or where sizes differ."""
+        sides = {max(size) for size in sizes}
+        if self.facts.pixel_spacing is None or len(sides) != 1:
+            return None
+        return self.facts.pixel_spacing * sides.pop() / self.image_size
 
 
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
@@ -290,6 +355,8 @@ class LatentDataset:
         scale = self.meta.get("latent_scale")
         require_equal(f"{self.folder}: its latent scale", scale, LATENT_SCALE, "encode again")
         self.window: ct.Window = tuple(self.meta["window"])
+        self.pixel_spacing: float | None = self.meta.get("pixel_spacing")  # mm, None: unknown
+        self.contour_style: str | None = self.meta.get("contour_style")  # of ct.STYLES
         self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]
         self.contour_channels, self.image_size = self.contours.shape[1:3]
@@ -351,12 +418,14 @@ def write_latents(
     device: torch.device,
     batch_size: int = 32,
     workers: int = 0,
-) -> None:
+) -> list[str]:
     """Encode a data set into `folder`, whole or not at all; the ranks share the work.
 
     Writes latents.npy (mean * LATENT_SCALE), contours.npy, heldout_images.npy (float16, rows of
-    val and test), manifest.csv, meta.json (`facts` and shapes). Call it on every rank.
+    val and test), manifest.csv, meta.json (`facts`, shapes, the contours' style). Call it on every
+    rank; the main one gets notes for the user.
     """
+    notes = []
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     held = dataset.indices("val", "test")
@@ -407,6 +476,7 @@ def write_latents(
             writer.writerow(["row", "image", "patient_id", "label", "split"])
             for i, row in enumerate(dataset.rows):
                 writer.writerow([i, row.image, row.patient_id, row.label, row.split])
+        style, notes = measure_style(arrays["contours"], dataset.facts.contour_style)
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
             "latent_shape": [count, *latent],
@@ -414,6 +484,7 @@ def write_latents(
             "window": list(dataset.window),
             "latent_scale": LATENT_SCALE,
             "classes": sorted(labels - {""}),
+            "contour_style": style,
             "latents_sha256": file_hash(partial / "latents.npy"),
             "contours_sha256": file_hash(partial / "contours.npy"),
             **facts,
@@ -427,6 +498,30 @@ def write_latents(
         os.replace(partial, folder)
         sync_folder(folder.parent)
     distributed.barrier()
+    return notes
+
+
+def measure_style(contours: np.ndarray, declared: str | None) -> tuple[str | None, list[str]]:
+    """The style of contours (rows, K, H, W), and a warning where they have several.
+
+    It is as dataset.json says (`declared`), else that of nine in ten of the contours which have
+    a clear one, else None.
+    """
+    rows = np.linspace(0, len(contours) - 1, min(len(contours), MEASURED)).round().astype(int)
+    counts = Counter(ct.contour_style(contours[row]) for row in rows)
+    del counts[None]
+    style, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    notes = []
+    if {declared or style} != {*counts, declared or style}:
+        found = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        said = f", and dataset.json says {declared}" if declared else ""
+        notes.append(
+            f"WARNING: contours of several styles: of {len(rows)} looked at {found}{said}; "
+            "expected one style; convert them by scripts/prepare_data.py --contour_style"
+        )
+    if declared is None and most < 0.9 * counts.total():
+        style = None
+    return declared or style, notes
 
 
 def encode_csv(
@@ -465,6 +560,9 @@ def encode_csv(
         "files_sha256": dataset.fingerprint(),
         "split": vae_content["split"],
     }
+    said = dataset.facts.pixel_spacing, dataset.facts.contour_style
+    if said != (None, None):
+        facts["dataset_json"] = list(said)
     notes += dataset.notes()
     if vae_content["lineage"].get("label_csv") != facts["label_csv_sha256"]:
         notes.append(
@@ -486,6 +584,6 @@ def encode_csv(
             f"{remedy}, or the same --contour_channels",
         )
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
-    dataset.check()  # also a barrier: no rank sees the folder that another is about to write
-    write_latents(folder, dataset, vae, facts, device, batch_size, workers)
-    return notes
+    sizes = dataset.check()  # also a barrier: no rank sees what another is about to write
+    facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
+    return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)

@@ -1,14 +1,21 @@
-"""DICOM: stored values to HU, and writing a slice that nobody takes for a patient's."""
+"""DICOM: which files make a series, their values in HU, and writing slices marked as synthetic."""
 
-import datetime
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import format_number_as_ds
+
+from fibldm import __version__
 
 AIR = -1000.0  # HU
+AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
+SAME_PLACE = 0.01  # mm
 OUTSIDE = -1500.0  # HU: no air is as dark, only marks of what is outside of the field of view
 
 
@@ -70,33 +77,253 @@ def _padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
-def synthetic_dicom(stored: np.ndarray, window: tuple[float, float], spacing: float, name: str):
-    """A CT Image Storage data set of int16 HU (H, W), marked as synthetic in several places."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = CTImageStorage
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID
-    now = datetime.datetime.now()
-    dataset.StudyDate = dataset.ContentDate = now.strftime("%Y%m%d")
-    dataset.StudyTime = dataset.ContentTime = now.strftime("%H%M%S")
+@dataclass(frozen=True)
+class Header:
+    """What places one slice, a file or a frame of a multi-frame file, among the others.
+
+    `orientation` holds the direction cosines of a row and of a column, `corner` the first pixel's
+    position in mm (x to the patient's left, y to the back, z to the head); `spacing` is mm between
+    rows and between columns. `problem` says why it can't be used, where it can't.
+    """
+
+    path: Path
+    frame: int
+    frames: int
+    series: str
+    patient: str
+    uid: str
+    number: tuple[int, int]
+    orientation: tuple[float, ...]
+    corner: tuple[float, ...]
+    spacing: tuple[float, ...] | None
+    shape: tuple[int, int]
+    inverted: bool
+    problem: str | None
+
+    @property
+    def where(self) -> str:
+        """The file, and the frame where it holds several."""
+        return f"{self.path} frame {self.frame + 1}" if self.frames > 1 else str(self.path)
+
+    @property
+    def height(self) -> float:
+        """mm towards the head along the slices' normal."""
+        normal = np.cross(self.orientation[:3], self.orientation[3:])
+        return float(np.dot(normal, self.corner) * np.sign(normal[2]))
+
+
+# What `read_headers` reads of a file: all else, pixels above all, stays on the disk.
+_SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_PLACE = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
+_HEADER_TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality"),
+    *("PatientID", "PatientName", "ImageType", "AcquisitionNumber", "InstanceNumber", "Rows"),
+    *("Columns", "NumberOfFrames", "PhotometricInterpretation", "DirectoryRecordSequence"),
+    *_PLACE,
+    *_SEQUENCES,
+)
+
+
+def read_headers(path: Path) -> list[Header]:
+    """The slices of a DICOM file; ValueError where it is none or can't be read."""
+    try:
+        dataset = pydicom.dcmread(
+            path, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS)
+        )
+        if "SOPClassUID" not in dataset and "Modality" not in dataset:
+            if "DirectoryRecordSequence" in dataset:
+                raise ValueError("a DICOMDIR, the index of a folder")
+            raise ValueError("not a DICOM image, or one cut short within its header")
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        return [_header(path, dataset, frame, frames) for frame in range(frames)]
+    except Exception as error:  # pydicom raises anything on damaged files
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> Header:
+    orientation, corner, spacing = (
+        tuple(float(number) for number in group(dataset, name, frame).get(attribute) or ())
+        for name, attribute in zip(
+            ("PlaneOrientationSequence", "PlanePositionSequence", "PixelMeasuresSequence"),
+            _PLACE,
+            strict=True,
+        )
+    )
+    kind = group(dataset, "CTImageFrameTypeSequence", frame)
+    image_type = {str(part).upper() for part in kind.get("FrameType", dataset.get("ImageType", []))}
+    patient = str(dataset.get("PatientID") or dataset.get("PatientName") or "").strip()
+    problem = None
+    if dataset.get("Modality") != "CT":
+        problem = f"not CT: modality {dataset.get('Modality') or 'unknown'}"
+    elif image_type & {"LOCALIZER", "SCOUT"}:
+        problem = "a localizer"
+    elif not dataset.get("Rows") or not dataset.get("Columns"):
+        problem = "no image in it"
+    elif len(orientation) != 6 or len(corner) != 3:
+        problem = "no ImageOrientationPatient or ImagePositionPatient: its place is unknown"
+    elif spacing and (len(spacing) != 2 or min(spacing) <= 0):
+        problem = f"PixelSpacing {list(spacing)}, expected two lengths in mm"
+    elif abs(np.cross(orientation[:3], orientation[3:])[2]) < AXIAL:
+        problem = "not axial"
+    elif max(abs(orientation[0]), abs(orientation[1])) < AXIAL:
+        problem = "turned within its plane, expected rows along one of the patient's axes"
+    return Header(
+        path,
+        frame,
+        frames,
+        str(dataset.get("SeriesInstanceUID") or f"without UID: {path.parent}"),
+        patient or f"study {dataset.get('StudyInstanceUID') or path.parent}",
+        f"{dataset.get('SOPInstanceUID') or path} {frame}",
+        tuple(int(dataset.get(key) or 0) for key in ("AcquisitionNumber", "InstanceNumber")),
+        orientation,
+        corner,
+        spacing or None,
+        (int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)),
+        dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        problem,
+    )
+
+
+def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]], list[str]]:
+    """One series from head to feet; what is left out of it, as (file, reason); notes.
+
+    Slices that differ from most others in orientation, matrix or pixel spacing are left out, and
+    so are copies and slices at the same position. Raises ValueError for two patients in a series.
+    """
+    patients = {header.patient: header for header in headers}
+    if len(patients) > 1:
+        found = ", ".join(f"{name} ({header.path})" for name, header in patients.items())
+        raise ValueError(f"{len(patients)} patients in one series, expected one: {found}")
+    left_out = [(header.where, header.problem) for header in headers if header.problem]
+    usable = [header for header in headers if not header.problem]
+    for what, of in (
+        ("orientation", lambda header: [round(number, 2) + 0.0 for number in header.orientation]),
+        ("matrix (rows, columns)", lambda header: header.shape),
+        ("pixel spacing in mm", lambda h: h.spacing and [round(mm, 3) for mm in h.spacing]),
+    ):
+        counts = Counter(str(of(header)) for header in usable)
+        most = max(counts, key=counts.get, default="")
+        for header in usable:
+            if str(of(header)) != most:
+                found = f"another {what} than most of its series: {of(header)}, not {most}"
+                left_out.append((header.where, found))
+        usable = [header for header in usable if str(of(header)) == most]
+
+    # From head to feet, each position and each instance once.
+    usable.sort(key=lambda header: (-header.height, header.number, str(header.path)))
+    kept: list[Header] = []
+    seen: dict[str, Header] = {}
+    for header in usable:
+        if header.uid in seen:
+            left_out.append((header.where, f"a copy: of {seen[header.uid].where}"))
+        elif kept and kept[-1].height - header.height < SAME_PLACE:
+            left_out.append(
+                (header.where, f"a duplicate: at the same position as {kept[-1].where}")
+            )
+        else:
+            kept.append(header)
+        seen.setdefault(header.uid, header)
+
+    notes = [
+        f"{header.where}: MONOCHROME1 says how to display, not what is stored; taken as HU"
+        for header in kept
+        if header.inverted
+    ]
+    steps = -np.diff([header.height for header in kept])
+    usual = float(np.median(steps)) if len(steps) else 0.0
+    notes += [
+        f"{kept[i].where}: a gap of {steps[i]:.1f} mm to the next slice, {usual:.1f} mm is usual "
+        "here: slices are missing"
+        for i in np.flatnonzero(steps > 1.5 * usual)
+    ]
+    return kept, left_out, notes
+
+
+def upright(array: np.ndarray, orientation: tuple[float, ...]) -> np.ndarray:
+    """An axial slice (H, W) turned: the patient's front at the top, the right side at the left."""
+    row, column = orientation[:3], orientation[3:]
+    if abs(row[0]) < abs(row[1]):
+        array, row, column = array.T, column, row
+    return array[:: 1 if column[1] > 0 else -1, :: 1 if row[0] > 0 else -1]
+
+
+def synthetic_dicom(
+    stored: np.ndarray,
+    window: tuple[float, float],
+    spacing: float,
+    name: str,
+    run: str = "",
+    number: int = 0,
+    comment: str = "",
+) -> pydicom.Dataset:
+    """A CT Image Storage data set of int16 HU (H, W), marked as synthetic in many places.
+
+    Pixels are squares of `spacing` mm. What has the same `run` is one study; each data set is a
+    series of its own, series number `number` + 1, so that no viewer stacks slices that have
+    nothing to do with each other. The UIDs follow from all that is given and no date is written,
+    so the same call gives the same bytes.
+    """
+    dataset, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
+    content = [name, repr((window, spacing, stored.shape)), comment, stored.tobytes().hex()]
+    study = generate_uid(entropy_srcs=["study", run])
+    series, instance, frame = (
+        generate_uid(entropy_srcs=[what, run, *content]) for what in ("series", "image", "frame")
+    )
+    meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = instance
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta = meta
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+
+    # Synthetic beyond doubt. A study has one patient, so the id is the run's. The attribute
+    # SyntheticData (0008,001C) is too new: dciodvfy of dicom3tools takes it for an error.
+    program = {"Manufacturer": "FibLDM", "ManufacturerModelName": "FibLDM"}
+    program["SoftwareVersions"] = __version__
+    not_real = "SYNTHETIC image made by a generative model, of no patient. Not for diagnosis."
     dataset.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
-    dataset.Modality, dataset.Manufacturer = "CT", "FibLDM"
-    dataset.PatientName, dataset.PatientID = "SYNTHETIC^FIBLDM", f"SYNTHETIC-{Path(name).stem}"
-    dataset.PatientBirthDate = dataset.PatientSex = ""
-    dataset.AccessionNumber = dataset.ReferringPhysicianName = dataset.StudyID = ""
-    dataset.SeriesDescription = "SYNTHETIC by FibLDM, not a patient"
-    dataset.ImageComments = "Synthetic image made by a generative model. Not for diagnosis."
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
-    dataset.FrameOfReferenceUID, dataset.PositionReferenceIndicator = generate_uid(), ""
-    dataset.SeriesNumber, dataset.InstanceNumber, dataset.AcquisitionNumber = 1, 1, 1
-    dataset.KVP = ""
+    dataset.PatientName = "SYNTHETIC^FIBLDM"
+    dataset.PatientID = "SYNTHETIC-" + hashlib.sha256(run.encode()).hexdigest()[:12]
+    dataset.PatientComments = not_real
+    dataset.StudyID = "SYNTHETIC"
+    dataset.StudyDescription = "SYNTHETIC chest CT by FibLDM, no patient"
+    dataset.SeriesDescription = f"SYNTHETIC by FibLDM, no patient: {Path(name).stem}"[:64]
+    dataset.ImageComments = f"{not_real} {comment}".strip()
+    dataset.DerivationDescription = (
+        f"Synthesized by the latent diffusion model FibLDM {__version__}; derived from no image."
+    )
+    equipment = pydicom.Dataset()
+    equipment.update(program)
+    equipment.ContributionDescription = "Synthesized this image; no scanner was involved."
+    purpose = pydicom.Dataset()
+    purpose.CodeValue, purpose.CodingSchemeDesignator = "109102", "DCM"
+    purpose.CodeMeaning = "Processing Equipment"
+    equipment.PurposeOfReferenceCodeSequence = [purpose]
+    dataset.ContributingEquipmentSequence = [equipment]
+    dataset.update(program)
+
+    # What the standard wants to be there, known or not.
+    unknown = "PatientBirthDate PatientSex AccessionNumber ReferringPhysicianName StudyDate"
+    for keyword in f"{unknown} StudyTime KVP PositionReferenceIndicator".split():
+        setattr(dataset, keyword, None)
+    dataset.Modality, dataset.BodyPartExamined, dataset.PatientPosition = "CT", "CHEST", "HFS"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
+    dataset.FrameOfReferenceUID = frame
+    dataset.SeriesNumber, dataset.InstanceNumber, dataset.AcquisitionNumber = number + 1, 1, 1
+    dataset.BurnedInAnnotation = "NO"
+
+    # Where the pixels lie: axial, the patient's right at the left, the front at the top.
+    millimetres = format_number_as_ds(float(spacing))
     dataset.ImagePositionPatient = [0, 0, 0]
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    dataset.PixelSpacing, dataset.SliceThickness = [spacing, spacing], spacing
-    dataset.WindowCenter, dataset.WindowWidth = sum(window) / 2, window[1] - window[0]
+    dataset.PixelSpacing, dataset.SliceThickness = [millimetres, millimetres], millimetres
+
+    # HU, and how to show them: viewers open the first window.
+    low, high = window
+    windows = {"LUNG": (-600, 1500), "MEDIASTINUM": (40, 400)}
+    windows["DATA"] = (low + high) / 2, high - low
+    dataset.WindowCenter = [format_number_as_ds(float(center)) for center, _ in windows.values()]
+    dataset.WindowWidth = [format_number_as_ds(float(width)) for _, width in windows.values()]
+    dataset.WindowCenterWidthExplanation = list(windows)
     dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, 0, "HU"
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.Rows, dataset.Columns = stored.shape

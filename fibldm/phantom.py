@@ -20,6 +20,8 @@ from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
+from fibldm import ct
+
 # Every slice is drawn on this grid and then resized, so that a structure has the same size in the
 # chest at any resolution. Lengths are in units of half the image: x to the patient's left (image
 # right), y to the back (image bottom), both from -1 to 1.
@@ -465,7 +467,7 @@ def write_dataset(
         for number, level in enumerate(levels):
             hu, mask = phantom_slice(patient, float(level), size, seed=seed)
             if contour_style == "outline":
-                mask = mask & ~ndi.binary_erosion(mask)
+                mask = ct.outline_mask(mask[None])[0]
             name = f"P{patient:04d}_S{number:03d}.png"
             Image.fromarray(np.round(hu + 1024).astype(np.uint16)).save(folder / "images" / name)
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "contours" / name)

@@ -15,7 +15,7 @@ NUM_SAMPLES=16                # contours are used in turn
 SAMPLER=dpmpp_2m              # dpmpp_2m, ddim, ddpm
 STEPS=20                      # evaluations of the denoiser
 GUIDANCE_SCALE=1.5            # 1: none; higher: closer to contour and label, less varied
-FORMAT=png                    # png: the window in 8 bits; npy, nifti, dicom: HU
+FORMAT=png                    # png (16-bit), npy, nifti, dicom: all hold HU
 SEED=0                        # sample i depends on the seed and i alone
 
 # Contours of your own (--contours FILE_OR_FOLDER) or none (--unconditional) take their place.

@@ -1,11 +1,14 @@
 """HU, the window, and slices and contours read from and written to every file format."""
 
+import itertools
 import json
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import tifffile
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 from scipy import ndimage
 
@@ -86,11 +89,11 @@ def test_what_is_written_is_read(tmp_path, file_format, window):
     image = gradient(16, 24)
     path = tmp_path / f"a{ct.SUFFIXES[file_format]}"
     ct.write_slice(path, image, window, file_format, spacing=1.5)
-    tolerance = {"npy": 1e-3, "png": 0.5 * (window[1] - window[0]) / 255 + 0.01}
+    rescale = ct.png_facts(window).rescale if file_format == "png" else None
     np.testing.assert_allclose(
-        ct.read_hu(path, window=window),
+        ct.read_hu(path, rescale),
         ct.unit_to_hu(image, window),
-        atol=tolerance.get(file_format, 0.51),
+        atol={"npy": 1e-3, "png": 0.02}.get(file_format, 0.51),
     )
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -99,7 +102,8 @@ def test_values_beyond_the_window_are_clipped_when_written(tmp_path):
     for file_format, suffix in ct.SUFFIXES.items():
         path = tmp_path / f"a{suffix}"
         ct.write_slice(path, np.array([[-3.0, 3.0]] * 2, np.float32), WINDOW, file_format)
-        np.testing.assert_allclose(ct.read_hu(path)[0], WINDOW, atol=1e-3)
+        rescale = ct.png_facts(WINDOW).rescale if file_format == "png" else None
+        np.testing.assert_allclose(ct.read_hu(path, rescale)[0], WINDOW, atol=1e-3)
 
 
 def test_dicom_says_that_it_is_synthetic_and_how_large_a_pixel_is(tmp_path):
@@ -186,18 +190,100 @@ def test_a_volume_and_values_not_finite_are_refused(tmp_path):
 def test_a_bad_dataset_json_is_refused_by_name(tmp_path, text):
     assert ct.read_rescale(tmp_path) is None
     (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(ValueError, match=r"dataset\.json.*rescale_slope"):
+    with pytest.raises(ValueError, match=r"dataset\.json.*rescale_(slope|intercept)"):
         ct.read_rescale(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [ct.Facts((1.0, -1024.0)), ct.Facts((0.5, 0.0), 0.75), ct.Facts((1.0, 0.0), None, "outline"),
+     ct.Facts((1.0, 0.0), 1.5, "filled")],
+)  # fmt: skip
+def test_facts_are_read_as_written(tmp_path, facts):
+    assert ct.read_facts(tmp_path) == ct.Facts()
+    ct.write_facts(tmp_path, facts)
+    assert ct.read_facts(tmp_path) == facts
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_facts_of_no_concern_are_passed_over(tmp_path):
+    content = {"rescale_slope": 1, "rescale_intercept": 0, "pixel_spacing": None, "made_by": "x"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert ct.read_facts(tmp_path) == ct.Facts((1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pixel_spacing", "1.0"), ("pixel_spacing", 0), ("pixel_spacing", -1), ("pixel_spacing", True),
+     ("pixel_spacing", [1, 1]), ("contour_style", "dotted"), ("contour_style", 1)],
+)  # fmt: skip
+def test_facts_of_a_wrong_type_are_refused_by_name(tmp_path, name, value):
+    content = {"rescale_slope": 1, "rescale_intercept": 0, name: value}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"dataset\.json.*{name}"):
+        ct.read_facts(tmp_path)
+
+
 @pytest.mark.parametrize("high", [1, 128, 255])
-def test_a_contour_is_what_exceeds_half_its_maximum(tmp_path, high):
+def test_a_contour_is_what_a_mask_marks(tmp_path, high):
     mask = np.zeros((12, 16), np.uint8)
     mask[2:7, 3:11] = high
     Image.fromarray(mask).save(tmp_path / "c.png")
     contour = ct.read_contour(tmp_path / "c.png")
     assert contour.dtype == bool
     np.testing.assert_array_equal(contour, (mask > 0)[None])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_both_lungs_of_a_label_map_are_lung(dtype):
+    labels = np.zeros((12, 16), dtype)
+    labels[2:7, 3:6], labels[2:7, 9:13] = 1, 2
+    np.testing.assert_array_equal(ct.as_mask(labels), labels > 0)
+
+
+def test_a_nifti_label_map_keeps_both_lungs(tmp_path):
+    labels = np.zeros((12, 16), np.uint8)
+    labels[2:7, 3:6], labels[2:7, 9:13] = 1, 2
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(labels.T[:, :, None], affine), tmp_path / "c.nii")
+    np.testing.assert_array_equal(ct.read_contour(tmp_path / "c.nii"), (labels > 0)[None])
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_the_soft_edge_of_a_mask_is_cut_at_half(scale):
+    y, x = np.mgrid[:128, :128]
+    distance = np.hypot(x - 64, y - 64)
+    soft = np.clip(40.8 - distance, 0, 1) * scale  # a disc of radius 40.3
+    values = np.round(soft).astype(np.uint8) if scale > 1 else soft
+    assert len(np.unique(values)) > ct.LABELS
+    np.testing.assert_array_equal(ct.as_mask(values), distance < 40.3)
+
+
+def test_a_picture_is_no_contour(tmp_path):
+    np.save(tmp_path / "c.npy", noise())
+    with pytest.raises(ValueError, match=r"c\.npy: a picture rather than a contour: 79%"):
+        ct.read_contour(tmp_path / "c.npy")
+
+
+def test_no_real_slice_passes_for_a_contour_and_every_contour_does(ct_folder):
+    for path in sorted((ct_folder / "lungs" / "images").iterdir())[::10]:
+        stored = np.asarray(Image.open(path))
+        windowed = np.round(ct.hu_to_unit(stored - 1024.0) * 127.5 + 127.5).astype(np.uint8)
+        for picture in stored, windowed, windowed / 255:
+            with pytest.raises(ValueError, match="a picture rather"):
+                ct.as_mask(picture)
+        mask = np.asarray(Image.open(path.parents[1] / "contours" / path.name))
+        np.testing.assert_array_equal(ct.as_mask(mask), mask > 0)
+        ct.as_mask(ct.fit_square(mask, 32, 0))  # the softest edge of all
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_values_that_no_contour_has_are_refused(tmp_path, value):
+    mask = np.zeros((8, 8), np.float32)
+    mask[2:5], mask[7, 7] = 1, value
+    np.save(tmp_path / "c.npy", mask)
+    with pytest.raises(ValueError, match=r"c\.npy: .*(not finite|-1\.0.*0 outside)"):
+        ct.read_contour(tmp_path / "c.npy")
 
 
 def test_an_empty_contour_is_empty(tmp_path):
@@ -287,3 +373,112 @@ def test_contours_survive_resizing(side):
     reduced = ct.fit_contour(outline[None], 256)[0]
     assert reduced.mean() < area / 4
     assert ndimage.binary_fill_holes(reduced).mean() == pytest.approx(area, rel=0.03)
+
+
+def ellipse(side: int = 64) -> np.ndarray:
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    return ((x / 0.35) ** 2 + (y / 0.25) ** 2 < 1)[None]
+
+
+@pytest.mark.parametrize("side", [32, 64, 256])
+def test_the_style_of_a_contour_is_told(side):
+    mask = ellipse(side)
+    outline = ct.outline_mask(mask)
+    assert ct.contour_style(mask) == "filled"
+    assert ct.contour_style(outline) == ct.contour_style(outline.astype(np.uint8)) == "outline"
+    thick = mask & ~ndimage.binary_erosion(mask[0], iterations=max(1, side // 32))[None]
+    assert ct.contour_style(thick) == "outline"
+
+
+def test_no_style_is_told_of_what_is_empty_or_small():
+    mask = np.zeros((1, 16, 16), bool)
+    assert ct.contour_style(mask) is None
+    mask[0, 3:6, 3:6] = True
+    assert ct.contour_style(ct.outline_mask(mask)) is None
+
+
+def test_masks_and_outlines_are_made_of_each_other():
+    mask = ellipse()
+    outline = ct.outline_mask(mask)
+    np.testing.assert_array_equal(ct.fill_outline(outline), mask)
+    np.testing.assert_array_equal(ct.fit_contour(mask, 64, "outline"), outline)
+    np.testing.assert_array_equal(ct.fit_contour(outline, 64, "filled"), mask)
+    for style, contour in ("filled", mask), ("outline", outline), (None, mask), (None, outline):
+        np.testing.assert_array_equal(ct.fit_contour(contour, 64, style), contour)
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_converted_contours_are_as_training_has_them(side):
+    """Of the right style, one pixel wide, and around the same area after reduction."""
+    mask = ellipse(side)
+    outline = ct.fit_contour(mask, 64, "outline")
+    assert ct.contour_style(outline) == "outline"
+    np.testing.assert_array_equal(outline, ct.outline_mask(ct.fit_contour(mask, 64)))
+    filled = ct.fit_contour(ct.outline_mask(mask), 64, "filled")
+    np.testing.assert_array_equal(filled, ct.fit_contour(mask, 64))
+
+
+# NIfTI's orientation
+
+
+ORIENTATIONS = [
+    "".join(codes) for codes in itertools.product("LR", "AP", "IS")
+] + ["PLS", "ARI", "SLP", "IAR"]  # fmt: skip
+
+
+def picture() -> np.ndarray:
+    """HU (12, 16): another value in each pixel; front at the top, right at the left."""
+    return np.arange(12 * 16, dtype=np.int16).reshape(12, 16) - 500
+
+
+@pytest.mark.parametrize("form", ["sform", "qform"])
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_a_nifti_slice_is_upright_whatever_its_orientation(tmp_path, codes, form):
+    """Each voxel keeps its place in the patient while its axes are turned; nibabel turns them."""
+    volume = nibabel.Nifti1Image(picture().T[:, :, None], np.diag([-0.7, -0.7, 2.0, 1.0]))
+    turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(codes))
+    volume = volume.as_reoriented(turn)
+    assert "".join(nibabel.aff2axcodes(volume.affine)) == codes
+    affine = volume.affine.copy()  # the next lines write into it
+    volume.set_sform(affine, code=1 if form == "sform" else 0)
+    volume.set_qform(affine, code=1 if form == "qform" else 0)
+    nibabel.save(volume, tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii.gz"), picture())
+
+
+def test_a_nifti_slice_without_a_third_axis_is_read(tmp_path):
+    volume = nibabel.Nifti1Image(picture().T[::-1, ::-1], np.diag([1.0, 1.0, 1.0, 1.0]))
+    nibabel.save(volume, tmp_path / "a.nii")
+    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii"), picture())
+
+
+def test_a_nifti_slice_without_orientation_is_read_as_stored(tmp_path):
+    volume = nibabel.Nifti1Image(picture().T[:, :, None], None)
+    assert volume.header["sform_code"] == volume.header["qform_code"] == 0
+    nibabel.save(volume, tmp_path / "a.nii")
+    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii"), picture())
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [np.diag([1.0, 0.0, 1.0, 1.0]), np.diag([np.nan, 1.0, 1.0, 1.0]),
+     np.diag([np.inf, 1.0, 1.0, 1.0]), np.zeros((4, 4))],
+)  # fmt: skip
+def test_a_nifti_slice_with_a_broken_affine_is_refused_by_name(tmp_path, affine):
+    volume = nibabel.Nifti1Image(picture().T[:, :, None], None)
+    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
+        volume.header[name] = affine[row]
+    volume.header["sform_code"] = 1
+    # Written by hand, as nibabel writes no such header.
+    (tmp_path / "a.nii").write_bytes(
+        volume.header.binaryblock + bytes(4) + picture().T.tobytes(order="F")
+    )
+    with pytest.raises(ValueError, match=r"a\.nii: .*affine"):
+        ct.read_hu(tmp_path / "a.nii")
+
+
+def test_a_coronal_nifti_slice_is_refused(tmp_path):
+    volume = nibabel.Nifti1Image(picture().T[:, None, :], np.diag([-1.0, -1.0, 1.0, 1.0]))
+    nibabel.save(volume, tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii: .*not an axial one"):
+        ct.read_hu(tmp_path / "a.nii")
