@@ -1,5 +1,6 @@
 """Pictures of slices side by side: grids of samples, panels of reconstructions."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fibldm.ct import write_atomically
 
 OUTLINE = (255, 190, 0)
 MIN_CELL = 128  # pixels: smaller slices are enlarged by a whole factor
+SHEET_CELL, CAPTION_LINES, CAPTION_WIDTH = 224, 5, 34  # pixels; lines; characters a line
 
 
 def grey(images: np.ndarray) -> np.ndarray:
@@ -71,3 +73,31 @@ def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -
         "4 x difference": grey(4 * (outputs - inputs)),
     }
     write_panel(path, columns, per_line=2)
+
+
+def write_sheet(path: Path, cells: list[tuple[np.ndarray, str]], per_line: int = 8) -> None:
+    """Write a PNG of pictures, RGB uint8 (H, W, 3) of any size, each with its caption below.
+
+    A caption is broken into lines and cut off after CAPTION_LINES of them; one that starts with
+    "!" is in the colour of OUTLINE.
+    """
+    per_line = min(per_line, len(cells))
+    texts = [textwrap.wrap(caption, CAPTION_WIDTH)[:CAPTION_LINES] for _, caption in cells]
+    font, gap, text_height = ImageFont.load_default(13), 8, 17
+    tops = [0]
+    for start in range(0, len(cells), per_line):
+        most = max(len(text) for text in texts[start : start + per_line])
+        tops.append(tops[-1] + SHEET_CELL + most * text_height + gap)
+    canvas = Image.new("RGB", (per_line * (SHEET_CELL + gap) - gap, tops[-1]))
+    draw = ImageDraw.Draw(canvas)
+    for i, ((picture, _), text) in enumerate(zip(cells, texts, strict=True)):
+        left, top = i % per_line * (SHEET_CELL + gap), tops[i // per_line]
+        factor = SHEET_CELL / max(picture.shape[:2])
+        size = [max(1, round(side * factor)) for side in picture.shape[1::-1]]
+        canvas.paste(Image.fromarray(picture).resize(size), (left, top))
+        colour = OUTLINE if text and text[0].startswith("!") else (255, 255, 255)
+        for k, line in enumerate(text):
+            at = left, top + SHEET_CELL + 1 + k * text_height
+            draw.text(at, line, font=font, fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, canvas.save)
