@@ -1,0 +1,510 @@
+"""Bad input of prepare_data.py: named with its reason; the rest is prepared, nothing half done."""
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import scipy.io
+import tifffile
+from PIL import Image
+from pydicom.uid import SecondaryCaptureImageStorage
+from scans import SIZE, ct_dataset, ct_datasets, lungs, nifti, scan, write_dicom
+from test_prepare_data import prepare, prepare_data, rows_of, volume_of
+
+from fibldm import ct
+
+BAD = {"PatientID": "bad", "SeriesInstanceUID": "1.9"}
+
+
+def bad_series(folder: Path, change=None, one: int | None = None, **elements) -> list[Path]:
+    """A DICOM series, `change` done to all of its data sets or to one."""
+    datasets = ct_datasets(1, **{**BAD, **elements})
+    for i, dataset in enumerate(datasets):
+        if change is not None and one in (None, i):
+            change(dataset)
+    return write_dicom(folder, datasets)
+
+
+def setting(**elements):
+    """A change of DICOM elements; None deletes."""
+
+    def change(dataset):
+        for name, value in elements.items():
+            if value is None:
+                delattr(dataset, name)
+            else:
+                setattr(dataset, name, value)
+
+    return change
+
+
+def dicom_with(one: int | None = None, **elements):
+    return lambda folder: bad_series(folder, setting(**elements), one)
+
+
+def truncated_pixels(folder):
+    path = bad_series(folder)[2]
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def truncated_header(folder):
+    path = bad_series(folder)[2]
+    path.write_bytes(path.read_bytes()[:180])
+
+
+def two_patients(folder):
+    bad_series(folder, setting(PatientID="other"), one=3)
+
+
+def copied_slice(folder):
+    paths = bad_series(folder)
+    (folder / "copy").write_bytes(paths[1].read_bytes())
+
+
+def same_position(folder):
+    datasets = ct_datasets(1, **BAD)
+    again = ct_dataset(scan(1)[2], float(datasets[2].ImagePositionPatient[2]), **BAD)
+    write_dicom(folder, [*datasets, again])
+
+
+def other_spacing(folder):
+    bad_series(folder, setting(PixelSpacing=[1.0, 1.0]), one=0)
+
+
+def other_matrix(folder):
+    def crop(dataset):
+        stored = np.frombuffer(dataset.PixelData, "<u2").reshape(SIZE, SIZE)[8:-8, 8:-8]
+        dataset.PixelData = np.ascontiguousarray(stored).tobytes()
+        dataset.Rows, dataset.Columns = stored.shape
+
+    bad_series(folder, crop, one=0)
+
+
+def gap(folder):
+    bad_series(folder)[2].unlink()
+
+
+def colour_dicom(folder):
+    def paint(dataset):
+        dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3, 0
+        dataset.PhotometricInterpretation = "RGB"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+        dataset.PixelData = bytes(SIZE * SIZE * 3)
+
+    bad_series(folder, paint)
+
+
+def dose_report(folder):
+    bad_series(folder, setting(Modality="SR", SOPClassUID=SecondaryCaptureImageStorage), one=0)
+
+
+def inverted(folder):
+    def invert(dataset):
+        stored = np.frombuffer(dataset.PixelData, "<u2")
+        dataset.PixelData = (2100 - stored.astype(int)).clip(0, 4095).astype("<u2").tobytes()
+        dataset.PhotometricInterpretation = "MONOCHROME1"
+
+    bad_series(folder, invert)
+
+
+def save_nifti(folder, affine=None, volume=None, codes=1):
+    image = nifti(scan(1) if volume is None else volume)
+    image.header.set_sform(image.affine if affine is None else affine, codes)
+    image.header.set_qform(None, 0)
+    nibabel.save(nibabel.Nifti1Image(image.dataobj, None, image.header), folder / "scan.nii")
+
+
+def nifti_singular(folder):
+    save_nifti(folder, np.diag([1.0, 1.0, 0.0, 1.0]))
+
+
+def nifti_oblique(folder):
+    affine = np.eye(4)
+    affine[:3, :3] = [[0.7, 0.7, 0], [-0.7, 0.7, 0], [0, 0, 5]]
+    save_nifti(folder, affine)
+
+
+def nifti_without_orientation(folder):
+    save_nifti(folder, codes=0)
+
+
+def nifti_in_four_dimensions(folder):
+    nibabel.save(
+        nibabel.Nifti1Image(np.zeros((32, 32, 4, 3), np.int16), np.eye(4)), folder / "scan.nii"
+    )
+
+
+def nifti_truncated(folder):
+    save_nifti(folder)
+    content = (folder / "scan.nii").read_bytes()
+    (folder / "scan.nii").write_bytes(content[: len(content) // 2])
+
+
+def nifti_of_labels(folder):
+    save_nifti(folder, volume=lungs(1).astype(np.int16))
+
+
+def nifti_normalized(folder):
+    save_nifti(folder, volume=((scan(1) + 1024) / 3000).astype(np.float32))
+
+
+def mat_without_image(folder):
+    scipy.io.savemat(folder / "scan.mat", {"name": "Erika", "spacing": [1.0, 2.0]})
+
+
+def mat_with_two(folder):
+    scipy.io.savemat(folder / "scan.mat", {"a": scan(1), "b": scan(1)})
+
+
+def mat_truncated(folder):
+    scipy.io.savemat(folder / "scan.mat", {"a": scan(1)}, do_compression=True)
+    (folder / "scan.mat").write_bytes((folder / "scan.mat").read_bytes()[:4000])
+
+
+def npy_truncated(folder):
+    np.save(folder / "scan.npy", scan(1))
+    (folder / "scan.npy").write_bytes((folder / "scan.npy").read_bytes()[:5000])
+
+
+def npy_of_objects(folder):
+    np.save(folder / "scan.npy", np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
+
+
+def npy_ambiguous(folder):
+    np.save(folder / "scan.npy", scan(1)[:, :60])
+
+
+def npy_unsigned(folder):
+    np.save(folder / "scan.npy", (scan(1) + 1024).astype(np.uint16))
+
+
+def npy_not_finite(folder):
+    volume = scan(1).astype(np.float32)
+    volume[0, 0, 0] = np.nan
+    np.save(folder / "scan.npy", volume)
+
+
+def png_colour(folder):
+    pixels = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "scan.png")
+
+
+def png_truncated(folder):
+    Image.fromarray((scan(1)[0] + 1024).astype(np.uint16)).save(folder / "scan.png")
+    (folder / "scan.png").write_bytes((folder / "scan.png").read_bytes()[:1000])
+
+
+def png_16_bit_without_scale(folder):
+    Image.fromarray((scan(1)[0] + 1024).astype(np.uint16)).save(folder / "scan.png")
+
+
+def jpeg(folder):
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(folder / "scan.jpg")
+
+
+def tiff_normalized(folder):
+    tifffile.imwrite(folder / "scan.tif", ((scan(1)[2] + 1024) / 2000).astype(np.float32))
+
+
+def tiff_constant(folder):
+    tifffile.imwrite(folder / "scan.tif", np.zeros((SIZE, SIZE), np.float32))
+
+
+def empty_file(folder):
+    (folder / "scan.nii.gz").write_bytes(b"")
+
+
+def mask_of_another_shape(folder):
+    save_nifti(folder)
+    nibabel.save(nifti(lungs(1)[:, :40].astype(np.uint8)), folder / "scan_mask.nii")
+
+
+def mask_elsewhere(folder):
+    save_nifti(folder)
+    image = nifti(lungs(1).astype(np.uint8))
+    image.affine[2, 3] += 90
+    nibabel.save(nibabel.Nifti1Image(image.dataobj, image.affine), folder / "scan_mask.nii")
+
+
+def mask_without_image(folder):
+    nibabel.save(nifti(lungs(1).astype(np.uint8)), folder / "scan_mask.nii")
+
+
+def mask_that_is_a_picture(folder):
+    np.save(folder / "scan.npy", scan(1)[2])
+    np.save(folder / "scan_mask.npy", (scan(1)[2] + 1024).astype(np.uint16))
+
+
+def missing_in_a_table(folder):
+    png_16_bit_without_scale(folder)
+    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
+    (folder / "label.csv").write_text("image,patient_id\nscan.png,a\nlost.png,b\n")
+
+
+# What is bad, the reason that is given, the file that is named, and how many slices are still used.
+CASES = [
+    (truncated_pixels, "pixel data", "IM003", 4),
+    (truncated_header, "cut short", "IM003", 4),
+    (dicom_with(PixelData=None), "no pixel data", "IM000", 0),
+    (two_patients, "2 patients in one series, expected one", "IM010", 0),
+    (copied_slice, "a copy", "copy", 5),
+    (same_position, "a duplicate", "IM002", 5),
+    (other_spacing, "another pixel spacing in mm than most", "IM000", 4),
+    (other_matrix, "another matrix", "IM000", 4),
+    (
+        dicom_with(0, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0]),
+        "another orientation",
+        "IM000",
+        4,
+    ),
+    (gap, "a gap of 80.0 mm", "IM007", 4),
+    (dicom_with(PhotometricInterpretation="MONOCHROME1"), "MONOCHROME1", "IM000", 5),
+    (inverted, "inverted", "bad", 0),
+    (dicom_with(RescaleSlope=0), "RescaleSlope 0", "IM000", 0),
+    (dicom_with(2, RescaleIntercept=None), "no RescaleSlope and RescaleIntercept", "IM003", 4),
+    (dicom_with(RescaleIntercept=0), "intercept", "bad", 0),
+    (dicom_with(RescaleType="mgml"), "RescaleType mgml, expected HU", "IM000", 0),
+    (dicom_with(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial", "IM000", 0),
+    (dicom_with(0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "a localizer", "IM000", 4),
+    (dicom_with(Modality="MR"), "modality MR", "IM000", 0),
+    (dicom_with(1, ImagePositionPatient=None), "its place is unknown", "IM007", 4),
+    (dicom_with(1, PixelSpacing=[0, 0]), "PixelSpacing", "IM007", 4),
+    (colour_dicom, "(colour), expected 1", "IM000", 0),
+    (dose_report, "modality SR", "IM000", 4),
+    (nifti_singular, "a broken affine", "scan.nii", 0),
+    (nifti_oblique, "oblique", "scan.nii", 0),
+    (nifti_without_orientation, "give --array_axes", "scan.nii", 0),
+    (nifti_in_four_dimensions, "expected a slice or a volume", "scan.nii", 0),
+    (nifti_truncated, "cannot be decoded", "scan.nii", 0),
+    (nifti_of_labels, "a mask, not CT", "scan.nii", 0),
+    (nifti_normalized, "normalized", "scan.nii", 0),
+    (mat_without_image, "0 arrays in 2D or 3D, expected one", "scan.mat", 0),
+    (mat_with_two, "name it by --variable", "scan.mat", 0),
+    (mat_truncated, "", "scan.mat", 0),
+    (npy_truncated, "", "scan.npy", 0),
+    (npy_of_objects, "", "scan.npy", 0),
+    (npy_ambiguous, "which axis counts the slices", "scan.npy", 0),
+    (npy_unsigned, "uint16 values without a scale", "scan.npy", 0),
+    (npy_not_finite, "not finite", "scan.npy", 0),
+    (png_colour, "a colour image", "scan.png", 0),
+    (png_truncated, "cannot be decoded", "scan.png", 0),
+    (png_16_bit_without_scale, "uint16 values without a scale", "scan.png", 0),
+    (jpeg, "a JPEG picture", "scan.jpg", 0),
+    (tiff_normalized, "normalized", "scan.tif", 0),
+    (tiff_constant, "constant", "scan.tif", 0),
+    (empty_file, "", "scan.nii.gz", 0),
+    (mask_of_another_shape, "a mask of (5, 40, 64) pixels, expected (5, 64, 64)", "scan_mask", 0),
+    (mask_elsewhere, "90.0 mm from those", "scan_mask", 0),
+    (mask_without_image, "a mask without an image", "scan_mask", 0),
+    (mask_that_is_a_picture, "a picture rather than a contour", "scan.npy", 0),
+    (missing_in_a_table, "missing, listed in", "lost.png", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "name", "used"),
+    CASES,
+    ids=[f"{i}-{case[1][:25]}" for i, case in enumerate(CASES)],
+)
+def test_bad_input_is_named_and_the_rest_is_prepared(tmp_path, capsys, spoil, reason, name, used):
+    write_dicom(tmp_path / "in" / "good", ct_datasets(0))
+    (tmp_path / "in" / "bad").mkdir()
+    spoil(tmp_path / "in" / "bad")
+    data = prepare(tmp_path / "in", "--mask_suffix", "_mask", "--min_lung_area", 0.01)
+    printed = capsys.readouterr().out
+    assert reason in printed
+    assert name in printed
+    rows = rows_of(data)
+    assert len(rows) == 5 + used
+    assert len({row["patient_id"] for row in rows}) == 1 + bool(used)
+    for folder, column in ("images", "image"), ("contours", "contour"):
+        files = {f"{folder}/{path.name}" for path in (data / folder).iterdir()}
+        assert files == {row[column] for row in rows}
+    with open(tmp_path / "data.left_out.csv", newline="") as file:
+        report = list(csv.DictReader(file))
+    if used < 5 and "gap" not in reason:
+        assert any(name in row["what"] + row["reason"] for row in report)
+
+
+def test_values_that_do_not_look_like_ct_can_be_trusted(tmp_path):
+    bad_series(tmp_path / "in", setting(RescaleIntercept=-1224))
+    refused("no slice is usable", tmp_path / "in")
+    data = prepare(tmp_path / "in", "--trust_hu", "--min_lung_area", 0)
+    np.testing.assert_allclose(volume_of(data), np.maximum(scan(1) - 200, -1024), atol=1)
+
+
+def refused(match: str, *arguments) -> None:
+    with pytest.raises(ValueError, match=match):
+        prepare(*arguments)
+
+
+def test_an_input_that_is_not_there(tmp_path):
+    refused("nowhere: no such file or folder", tmp_path / "nowhere")
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    refused("in: no CT found", tmp_path / "in")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_folder_without_permission(tmp_path, capsys, monkeypatch):
+    write_dicom(tmp_path / "in" / "good", ct_datasets())
+    closed = tmp_path / "in" / "closed"
+    closed.mkdir()
+    if os.access(closed, os.R_OK) and os.geteuid() == 0:  # nothing is closed to root
+        real = os.scandir
+
+        def scandir(path):
+            if str(path) == str(closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+    else:
+        closed.chmod(0)
+    data = prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 5
+    printed = capsys.readouterr().out
+    assert "cannot be opened" in printed and f"{closed}: Permission denied" in printed
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
+    for patient in range(3):
+        changes = {"PatientID": f"P{patient}", "SeriesInstanceUID": f"1.2.{patient}"}
+        write_dicom(tmp_path / "in" / str(patient), ct_datasets(patient, **changes))
+    written, real = [], ct.write_atomically
+
+    def write_atomically(path, write):
+        written.append(path)
+        if len(written) > 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ct, "write_atomically", write_atomically)
+        refused("No space left on device; 2 of 3 series are done and kept", tmp_path / "in")
+    data = tmp_path / "data"
+    assert len(list((data / "images").iterdir())) == len(list((data / "contours").iterdir())) == 10
+    prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 15
+
+
+def test_a_full_disk_at_the_table_keeps_the_old_one(tmp_path, monkeypatch):
+    write_dicom(tmp_path / "in" / "0", ct_datasets())
+    data = prepare(tmp_path / "in")
+    before = (data / "label.csv").read_bytes()
+    write_dicom(tmp_path / "in" / "1", ct_datasets(1, **BAD))
+    real = ct.write_atomically
+
+    def write_atomically(path, write):
+        if path.name == "label.csv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ct, "write_atomically", write_atomically)
+        refused("No space left on device", tmp_path / "in")
+    assert (data / "label.csv").read_bytes() == before
+    prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 10
+
+
+def dies(series, *_):
+    if series.patient == "bad":
+        os._exit(9)
+    return real_prepare(series, *_)
+
+
+real_prepare = prepare_data.prepare
+
+
+def test_a_process_that_dies_takes_no_other_series_with_it(tmp_path, capsys, monkeypatch):
+    for patient in range(3):
+        changes = {"PatientID": f"P{patient}", "SeriesInstanceUID": f"1.2.{patient}"}
+        write_dicom(tmp_path / "in" / str(patient), ct_datasets(patient, **changes))
+    bad_series(tmp_path / "in" / "bad")
+    monkeypatch.setattr(prepare_data, "prepare", dies)
+    data = prepare(tmp_path / "in", "--num_workers", 2)
+    assert len(rows_of(data)) == 15
+    assert "ended its process" in capsys.readouterr().out
+
+
+def test_labels_of_unknown_patients_are_named(tmp_path, capsys):
+    write_dicom(tmp_path / "in", ct_datasets())
+    labels = tmp_path / "labels.csv"
+    labels.write_text("patient_id,label\nMRN-4712,fibrosis\n")
+    prepare(tmp_path / "in", "--labels", labels)
+    printed = capsys.readouterr().out
+    assert "1 patients of --labels are in no input: MRN-4712" in printed
+    assert "1 patients have no label" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("patient_id,label\na,x\na,y\n", "patient a is x and y, expected one label a patient"),
+        ("patient_id\na\n", "expected a header and two columns, patient_id and label"),
+        ("", "expected a header and two columns"),
+    ],
+)
+def test_bad_labels(tmp_path, text, match):
+    write_dicom(tmp_path / "in", ct_datasets())
+    (tmp_path / "labels.csv").write_text(text)
+    refused(f"labels.csv: {match}", tmp_path / "in", "--labels", tmp_path / "labels.csv")
+    assert not (tmp_path / "data").exists()
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    prepare(tmp_path / "in")
+    refused("its image_size is 64, asked for is 32", tmp_path / "in", "--image_size", 32)
+
+
+def test_a_lost_key_is_an_error_and_so_is_another(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    prepare(tmp_path / "in")
+    (tmp_path / "data.key").rename(tmp_path / "moved.key")
+    refused("data.key: no such file, and the data set was made with one", tmp_path / "in")
+    (tmp_path / "data.key").write_text("1" * 64)
+    refused("its key_check is", tmp_path / "in")
+    prepare(tmp_path / "in", "--key_file", tmp_path / "moved.key")
+
+
+def test_the_key_may_not_lie_in_the_output(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prepare(
+            tmp_path, "--key_file", tmp_path / "data" / "x.key", "--output_dir", tmp_path / "data"
+        )
+    assert "keep it outside of --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["label.csv", "dataset.json"])
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, what):
+    write_dicom(tmp_path / "in", ct_datasets())
+    (tmp_path / "data").mkdir()
+    content = json.dumps({"rescale_slope": 1.0, "rescale_intercept": 0.0})
+    (tmp_path / "data" / what).write_text(content)
+    refused("another folder", tmp_path / "in")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [what]
+
+
+def test_a_pattern_that_matches_nothing(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan()), tmp_path / "in" / "p1.nii")
+    nibabel.save(nifti(scan(1)), tmp_path / "in" / "other.nii")
+    data = prepare(tmp_path / "in", "--patient_pattern", r"(p\d+)")
+    assert len(rows_of(data)) == 5
+    assert "finds no patient in other.nii" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("axes", ["zy", "xyzz", "abc", ""])
+def test_bad_axes(tmp_path, capsys, axes):
+    with pytest.raises(SystemExit):
+        prepare(tmp_path, "--array_axes", axes)
+    assert "expected the letters x, y and z" in capsys.readouterr().err
