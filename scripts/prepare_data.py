@@ -543,10 +543,13 @@ def main(args: argparse.Namespace) -> None:
     patients = {row["patient_id"] for row in rows}
     print(f"{output / 'label.csv'}: {len(rows)} slices of {len(patients)} patients; "
           f"{len(jobs)} series new or changed, {unchanged} unchanged")  # fmt: skip
-    print(f"\n{'format':10}{'series':>8}{'slices':>9}{'used':>8}{'masks given':>13}")
+    columns = ("series", "found", "used", "masks")
+    print(
+        "\n{:10}{:>8}{:>8}{:>8}{:>10}{:>8}".format("slices of", *columns[:3], "left out", "masks")
+    )
     for kind, counts in sorted(table.items()):
-        numbers = [counts[name] for name in ("series", "found", "used", "masks")]
-        print("{:10}{:8}{:9}{:8}{:13}".format(kind, *numbers))
+        series_, found, used, masks = (counts[name] for name in columns)
+        print(f"{kind:10}{series_:8}{found:8}{used:8}{found - used:10}{masks:8}")
     print(summary(left_out))
     notes += remarks(series, given, rows)
     for note in notes[:SHOWN] + ([f"... and {len(notes) - SHOWN} more"] if notes[SHOWN:] else []):
@@ -592,6 +595,13 @@ def remarks(series: list[Series], labels: dict[str, str], rows: list[dict]) -> l
     bare = len({row["patient_id"] for row in rows if not row["label"]})
     if labels and bare:
         notes.append(f"{bare} patients have no label")
+    counts = Counter(one.patient for one in series if one.kind != "table")
+    several = sum(count > 1 for count in counts.values())
+    if several:
+        notes.append(
+            f"{several} patients have several series, and all are used: give the folders of one "
+            "reconstruction as inputs if these are of the same scan"
+        )
     folders = sorted({one.name for one in series if one.kind == "images"})
     if folders:
         notes.append(
