@@ -1,5 +1,6 @@
 """Arrays of one slice or of a volume in PNG, TIFF, NPY, NPZ and MAT files, and their axes."""
 
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -7,8 +8,12 @@ import numpy as np
 import scipy.io
 import tifffile
 
-from fibldm import ct
+from fibldm import ct, nifti
 
+MAT_NUMBERS = (  # MATLAB's classes
+    *("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    "logical",
+)
 SMALLEST = 16  # pixels: shorter arrays are affines, spacings and the like
 
 
@@ -61,14 +66,18 @@ def load(path: Path, variable: str | None = None) -> np.ndarray:
     kind = kind_of(path)
     try:
         if kind in ("npz", "mat"):
-            return _read_variable(path, variable)
+            return np.squeeze(_read_variable(path, _choose(path, variable)))
         if kind == "npy":
             array = np.load(path, allow_pickle=False)
         elif kind == "tiff":
-            array = tifffile.imread(path)
-            if array.ndim == 3 and array.shape[2] in (3, 4):
-                array = ct.grey_levels(array, path)
+            with tifffile.TiffFile(path) as file:
+                _require_one(file)
+                array = file.series[0].asarray()
+                channels = file.series[0].axes.find("S")
+            if channels >= 0:
+                array = ct.grey_levels(np.moveaxis(array, channels, -1), path)
         else:
+            _require_8_bit_channels(path)
             array = ct.grey_levels(ct.decode(path)[0], path)
     except Exception as error:  # decoders raise anything on damaged files
         reason = str(error).removeprefix(f"{path}: ")
@@ -82,11 +91,43 @@ def load(path: Path, variable: str | None = None) -> np.ndarray:
 
 
 def dimensions(path: Path, variable: str | None) -> int:
-    """2 for one slice, 3 for a volume; ValueError where the file holds neither."""
+    """2 for one slice, 3 for a volume, by the file's header; ValueError where it holds neither."""
     kind = kind_of(path)
-    if kind in ("nifti", "png"):
-        return 3 if kind == "nifti" else 2
-    return load(path, variable).ndim
+    try:
+        if kind == "nifti":
+            shape = (2,) * min(3, nifti.depth(path))
+        elif kind in ("npz", "mat"):
+            shape = _shapes(path)[_choose(path, variable)]
+        elif kind == "npy":
+            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        elif kind == "tiff":
+            with tifffile.TiffFile(path) as file:
+                _require_one(file)
+                of = zip(file.series[0].shape, file.series[0].axes, strict=True)
+                shape = [n for n, axis in of if axis != "S"]
+        else:
+            return 2
+    except Exception as error:  # decoders raise anything on damaged files
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {reason}") from error
+    count = sum(n > 1 for n in shape)
+    if count not in (2, 3):
+        raise ValueError(f"{path}: an array of {tuple(shape)}, expected numbers in 2D or 3D")
+    return count
+
+
+def _require_one(file: tifffile.TiffFile) -> None:
+    if len(file.series) > 1:
+        shapes = ", ".join(str(series.shape) for series in file.series)
+        raise ValueError(f"{len(file.series)} pictures of different kinds ({shapes}), expected one")
+
+
+def _require_8_bit_channels(path: Path) -> None:
+    """Pillow reads a PNG of 16 bits and several channels as if it had 8."""
+    with open(path, "rb") as file:
+        depth, colour = file.read(26)[24:26]
+    if depth == 16 and colour != 0:
+        raise ValueError("16 bits in several channels, expected one channel of grey levels")
 
 
 def orient(values: np.ndarray, path: Path, axes: str | None) -> np.ndarray:
@@ -109,35 +150,66 @@ def orient(values: np.ndarray, path: Path, axes: str | None) -> np.ndarray:
                 f"{path}: an array of {values.shape}: which axis counts the slices? give "
                 "--array_axes, as zyx for slices first, yxz for slices last"
             )
+    if len(axes) != values.ndim:
+        raise ValueError(
+            f"{path}: an array of {values.shape}, expected as many axes as --array_axes {axes} has"
+        )
     order = [axes.lower().index(name) for name in "zyx" if name in axes.lower()]
     turned = values.transpose(order)
     turned = turned[tuple(slice(None, None, -1 if axes[i].isupper() else 1) for i in order)]
     return turned.reshape((-1, *turned.shape[-2:]))
 
 
-def _read_variable(path: Path, variable: str | None) -> np.ndarray:
+def _choose(path: Path, variable: str | None) -> str:
     """The variable named, or the only 2D or 3D one, of an NPZ or MAT file."""
-    if kind_of(path) == "npz":
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    elif h5py.is_hdf5(path):  # MATLAB 7.3; its axes are stored in reverse
-        with h5py.File(path) as file:
-            arrays = {n: item[()].T for n, item in file.items() if isinstance(item, h5py.Dataset)}
-    else:
-        arrays = scipy.io.loadmat(path)
-    numbers = {
-        name: np.squeeze(array)
-        for name, array in arrays.items()
-        if isinstance(array, np.ndarray) and array.dtype.kind in "buif"
-    }
-    found = ", ".join(f"{name} {array.shape}" for name, array in numbers.items()) or "none"
+    shapes = _shapes(path)
+    found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
     if variable is not None:
-        if variable not in numbers:
+        if variable not in shapes:
             raise ValueError(f"--variable {variable}: not in the file, which has {found}")
-        numbers = {variable: numbers[variable]}
-    images = [a for a in numbers.values() if a.ndim in (2, 3) and sorted(a.shape)[-2] > SMALLEST]
+        return variable
+    images = []
+    for name, shape in shapes.items():
+        long = sorted(n for n in shape if n > 1)
+        if len(long) in (2, 3) and long[-2] > SMALLEST:
+            images.append(name)
     if len(images) != 1:
         raise ValueError(
             f"{len(images)} arrays in 2D or 3D, expected one (found {found}); name it by --variable"
         )
     return images[0]
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the numeric arrays of an NPZ or MAT file, by name, from their headers."""
+    if kind_of(path) == "npz":
+        with zipfile.ZipFile(path) as file:
+            shapes = {}
+            for name in file.namelist():
+                with file.open(name) as member:
+                    version = np.lib.format.read_magic(member)
+                    read = np.lib.format.read_array_header_1_0
+                    if version != (1, 0):
+                        read = np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(member)
+                if dtype.kind in "buif":
+                    shapes[name.removesuffix(".npy")] = shape
+            return shapes
+    if h5py.is_hdf5(path):  # MATLAB 7.3; its axes are stored in reverse
+        with h5py.File(path) as file:
+            return {
+                name: item.shape[::-1]
+                for name, item in file.items()
+                if isinstance(item, h5py.Dataset) and item.dtype.kind in "buif"
+            }
+    return {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}
+
+
+def _read_variable(path: Path, name: str) -> np.ndarray:
+    if kind_of(path) == "npz":
+        with np.load(path, allow_pickle=False) as file:
+            return file[name]
+    if h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            return file[name][()].T
+    return scipy.io.loadmat(path, variable_names=[name])[name]

@@ -112,18 +112,21 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
     if name.endswith(".npy"):
         return np.asarray(np.load(path, allow_pickle=False)), False
     if name.endswith((".nii", ".nii.gz")):
-        volume, _, heights = nifti.read_volume(path)
-        if heights is None:  # as it is stored, its first axis as columns
-            return np.squeeze(volume).T, True
-        if len(volume) > 1 and 1 in volume.shape:
-            raise ValueError(f"one slice, but not an axial one: {volume.shape} from head to feet")
-        return volume[0] if len(volume) == 1 else volume, True
+        volume = nifti.read_volume(path)
+        if volume.heights is None:  # as it is stored, its first axis as columns
+            return np.squeeze(volume.values).T, True
+        shape = volume.values.shape
+        if shape[0] > 1 and 1 in shape:
+            raise ValueError(f"one slice, but not an axial one: {shape} from head to feet")
+        return volume.values[0] if shape[0] == 1 else volume.values, True
     if name.endswith((".dcm", ".dicom")):
         return dicom.read_frame(pydicom.dcmread(path)), True
     if name.endswith((".tif", ".tiff")):
         return tifffile.imread(path), False
     with Image.open(path) as image:
-        if image.mode in ("P", "1", "LA", "PA"):
+        if image.mode in ("P", "PA"):  # a palette may be of colours
+            image = image.convert("RGB")
+        elif image.mode in ("1", "LA"):
             image = image.convert("L")
         return np.asarray(image), False
 

@@ -50,11 +50,13 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
         raise ValueError("no RescaleSlope and RescaleIntercept, expected both: its HU are unknown")
     if not lut and (slope == 0 or not np.isfinite([float(slope), float(intercept)]).all()):
         raise ValueError(f"RescaleSlope {slope} and RescaleIntercept {intercept}: no HU follow")
-    if scale.get("RescaleType", "HU") not in ("HU", "US", "", None):
+    if str(scale.get("RescaleType") or "HU").upper() not in ("HU", "HOUNSFIELD", "US"):
         raise ValueError(f"RescaleType {scale.RescaleType}, expected HU")
 
-    # Values as stored; bits above BitsStored, where old files keep overlays, are cut off.
+    # Values as stored; bits above BitsStored, where old files keep overlays, are cut off, also of
+    # the padding's value.
     stored = pixel_array(dataset, index=frame)
+    spare = 0
     if stored.dtype.kind in "iu":
         spare = 8 * stored.dtype.itemsize - int(dataset.get("BitsStored", 8 * stored.itemsize))
         stored = (stored << spare) >> spare
@@ -62,18 +64,21 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
         hu = apply_modality_lut(stored, dataset).astype(np.float32)
     else:
         hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    hu[_padding(dataset, stored) | (hu < OUTSIDE)] = AIR
+    hu[_padding(dataset, stored, spare) | (hu < OUTSIDE)] = AIR
+    if not np.isfinite(hu).all():
+        raise ValueError(f"{int((~np.isfinite(hu)).sum())} values are not finite")
     return hu
 
 
-def _padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+def _padding(dataset: pydicom.Dataset, stored: np.ndarray, spare: int) -> np.ndarray:
     """Where the stored values are padding (PS3.3 C.7.5.1.1.2), bool (H, W)."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit", value)
-    # The two may be encoded unsigned though the pixels are signed, or the other way round.
-    ends = [int(np.array(int(end)).astype(stored.dtype)) for end in (value, limit)]
+    ends = [value, dataset.get("PixelPaddingRangeLimit", value)]
+    if stored.dtype.kind in "iu":
+        # They may be encoded unsigned though the pixels are signed, or the other way round.
+        ends = (np.array([int(end) for end in ends]).astype(stored.dtype) << spare) >> spare
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
@@ -106,6 +111,14 @@ class Header:
         return f"{self.path} frame {self.frame + 1}" if self.frames > 1 else str(self.path)
 
     @property
+    def corner_upright(self) -> np.ndarray:
+        """Position (x, y) in mm of the first pixel of the `upright` slice."""
+        down, right = self.spacing or (1.0, 1.0)
+        steps = np.array([self.orientation[:2], self.orientation[3:5]])
+        ends = np.array([[right * (self.shape[1] - 1)], [down * (self.shape[0] - 1)]]) * steps
+        return np.array(self.corner[:2]) + np.minimum(ends, 0).sum(0)
+
+    @property
     def height(self) -> float:
         """mm towards the head along the slices' normal."""
         normal = np.cross(self.orientation[:3], self.orientation[3:])
@@ -119,6 +132,7 @@ _HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality"),
     *("PatientID", "PatientName", "ImageType", "AcquisitionNumber", "InstanceNumber", "Rows"),
     *("Columns", "NumberOfFrames", "PhotometricInterpretation", "DirectoryRecordSequence"),
+    *("Manufacturer", "SeriesDescription"),
     *_PLACE,
     *_SEQUENCES,
 )
@@ -135,6 +149,9 @@ def read_headers(path: Path) -> list[Header]:
                 raise ValueError("a DICOMDIR, the index of a folder")
             raise ValueError("not a DICOM image, or one cut short within its header")
         frames = int(dataset.get("NumberOfFrames") or 1)
+        described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [])
+        if frames != max(1, described):
+            raise ValueError(f"NumberOfFrames {frames}, but {described} frames are described")
         return [_header(path, dataset, frame, frames) for frame in range(frames)]
     except Exception as error:  # pydicom raises anything on damaged files
         raise ValueError(f"{path}: {error}") from error
@@ -150,11 +167,15 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         )
     )
     kind = group(dataset, "CTImageFrameTypeSequence", frame)
-    image_type = {str(part).upper() for part in kind.get("FrameType", dataset.get("ImageType", []))}
+    image_type = kind.get("FrameType") or dataset.get("ImageType") or []
+    image_type = [image_type] if isinstance(image_type, str) else image_type
+    image_type = {str(part).upper() for part in image_type}
     patient = str(dataset.get("PatientID") or dataset.get("PatientName") or "").strip()
     problem = None
     if dataset.get("Modality") != "CT":
         problem = f"not CT: modality {dataset.get('Modality') or 'unknown'}"
+    elif str(dataset.get("Manufacturer")) == "FibLDM":
+        problem = f"synthetic: {dataset.get('SeriesDescription') or 'made by FibLDM'}"
     elif image_type & {"LOCALIZER", "SCOUT"}:
         problem = "a localizer"
     elif not dataset.get("Rows") or not dataset.get("Columns"):
@@ -171,7 +192,7 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         path,
         frame,
         frames,
-        str(dataset.get("SeriesInstanceUID") or f"without UID: {path.parent}"),
+        str(dataset.get("SeriesInstanceUID") or f"without UID in {path.parent}"),
         patient or f"study {dataset.get('StudyInstanceUID') or path.parent}",
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
         tuple(int(dataset.get(key) or 0) for key in ("AcquisitionNumber", "InstanceNumber")),
@@ -196,33 +217,30 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
         raise ValueError(f"{len(patients)} patients in one series, expected one: {found}")
     left_out = [(header.where, header.problem) for header in headers if header.problem]
     usable = [header for header in headers if not header.problem]
-    for what, of in (
-        ("orientation", lambda header: [round(number, 2) + 0.0 for number in header.orientation]),
-        ("matrix (rows, columns)", lambda header: header.shape),
-        ("pixel spacing in mm", lambda h: h.spacing and [round(mm, 3) for mm in h.spacing]),
+    for what, of, tolerance in (
+        ("orientation", lambda header: header.orientation, 0.01),
+        ("matrix (rows, columns)", lambda header: header.shape, 0),
+        ("pixel spacing in mm", lambda header: header.spacing or (0, 0), 0.002),
     ):
-        counts = Counter(str(of(header)) for header in usable)
-        most = max(counts, key=counts.get, default="")
-        for header in usable:
-            if str(of(header)) != most:
-                found = f"another {what} than most of its series: {of(header)}, not {most}"
-                left_out.append((header.where, found))
-        usable = [header for header in usable if str(of(header)) == most]
+        counts = Counter(tuple(round(number, 2) for number in of(header)) for header in usable)
+        most = max(counts, key=counts.get, default=())
+        alike = [np.allclose(of(header), most, 0, tolerance + 0.005) for header in usable]
+        for header, same in zip(usable, alike, strict=True):
+            if not same:
+                found = f"{list(of(header))}, not {list(most)}"
+                left_out.append((header.where, f"another {what} than most of its series: {found}"))
+        usable = [header for header, same in zip(usable, alike, strict=True) if same]
 
-    # From head to feet, each position and each instance once.
+    # From head to feet, each position once.
     usable.sort(key=lambda header: (-header.height, header.number, str(header.path)))
     kept: list[Header] = []
-    seen: dict[str, Header] = {}
     for header in usable:
-        if header.uid in seen:
-            left_out.append((header.where, f"a copy: of {seen[header.uid].where}"))
-        elif kept and kept[-1].height - header.height < SAME_PLACE:
-            left_out.append(
-                (header.where, f"a duplicate: at the same position as {kept[-1].where}")
-            )
-        else:
+        if not kept or kept[-1].height - header.height >= SAME_PLACE:
             kept.append(header)
-        seen.setdefault(header.uid, header)
+        elif kept[-1].uid == header.uid:
+            left_out.append((header.where, f"a copy: of {kept[-1].where}"))
+        else:
+            left_out.append((header.where, f"a duplicate: at the position of {kept[-1].where}"))
 
     notes = [
         f"{header.where}: MONOCHROME1 says how to display, not what is stored; taken as HU"
@@ -236,6 +254,12 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
         "here: slices are missing"
         for i in np.flatnonzero(steps > 1.5 * usual)
     ]
+    if len(steps) and steps.min() < 0.5 * usual:
+        i = int(steps.argmin())
+        notes.append(
+            f"{kept[i].where}: {steps[i]:.1f} mm to the next slice, {usual:.1f} mm is usual here: "
+            "are these two acquisitions in one series?"
+        )
     return kept, left_out, notes
 
 

@@ -1,22 +1,27 @@
 """Series of axial CT slices below folders, whatever their format: found, and read upright in HU."""
 
 import hashlib
+import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.uid import ImplicitVRLittleEndian
 
 from fibldm import arrays, ct, dicom, nifti
-from fibldm.datasets import read_lines
+from fibldm.datasets import SPLITS, read_lines
 from fibldm.inspection import hu_problem
 
-SAMPLED = 1 << 16  # bytes at the start, the middle and the end that identify a file
-NEAR = 1.0  # mm between a slice and its mask's slice, at most
+SUFFIXES = (
+    *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
+    *(".npy", ".npz", ".mat"),
+)
+NEAR = 1.0  # mm between an image and its mask, at most
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,19 @@ class Source:
 
 @dataclass
 class Series:
-    """Slices of one patient that belong together, from head to feet. `key` is unique to it.
+    """Slices of one patient that belong together, from head to feet.
 
-    Patient, key and paths identify people: they stay in memory and on the user's terminal.
+    place: where it was found, or its SeriesInstanceUID. contents: what identifies each of its files
+    whatever their names. fingerprint: all that its slices follow from. These, patient and paths
+    identify people: they stay in memory and on the user's terminal.
     """
 
-    kind: str
+    kind: str  # dicom, table, images or volume
     name: str
     patient: str
-    key: str
+    place: str
     sources: list[Source]
+    contents: list[str]
     fingerprint: str
     notes: list[str] = field(default_factory=list)
 
@@ -82,64 +90,37 @@ class LeftOut:
     reason: str
 
 
-def find_files(inputs: list[Path], exclude: Path) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
-    """All files below the inputs but those below `exclude`, each with its input's folder.
-
-    Raises ValueError for an input that is missing; folders that may not be read are left out.
-    """
-    found: dict[Path, Path] = {}
-    left_out = []
-    for top in inputs:
-        if top.is_file():
-            found.setdefault(top, top.parent)
-            continue
-        if not top.is_dir():
-            raise ValueError(f"{top}: no such file or folder")
-
-        def refuse(error: OSError) -> None:
-            left_out.append(LeftOut(str(error.filename), f"cannot be opened: {error.strerror}"))
-
-        visited = {exclude.resolve()}  # also what links lead back to
-        for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-            if Path(folder).resolve() in visited:
-                folders.clear()
-                continue
-            visited.add(Path(folder).resolve())
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith("."):
-                    found.setdefault(Path(folder) / name, top)
-    return list(found.items()), left_out
-
-
-def stem(path: Path) -> str:
-    """The file's name without its suffix; .nii.gz is one."""
-    return path.name[:-7] if path.name.lower().endswith(".nii.gz") else path.stem
-
-
 def find_series(
     inputs: list[Path],
     exclude: Path,
     options: Options,
     read_headers: Callable[[list[Path]], Iterable[list[dicom.Header] | str]],
 ) -> tuple[list[Series], list[LeftOut]]:
-    """All series below the inputs, and the files that are left out.
+    """All series below the inputs but not below `exclude`, and the files that are left out.
 
     `read_headers` maps DICOM files to their headers, or to what is wrong with them: so the caller
-    may share that work between processes.
+    may share that work between processes. Raises ValueError for an input that is missing.
     """
     files, left_out = find_files(inputs, exclude)
-    tables = [(path, top) for path, top in files if path.name == "label.csv"]
     series: list[Series] = []
-    taken: set[Path] = set()
-    for table, top in tables:
-        part, used = _table_series(table, top, options, left_out)
-        series += part
-        taken |= used | {table.resolve()}
+    taken: set[Path] = set()  # by tables
+    copies: dict[str, Path] = {}  # content -> the first file that has it
+    for table, top in files:
+        if table.name != "label.csv":
+            continue
+        taken.add(table.resolve())
+        try:
+            part, used = _table_series(table, top, options, copies, left_out)
+            series += part
+            taken |= used
+        except ValueError as error:
+            left_out.append(_left_out(error, table))
+            taken |= {path.resolve() for path, _ in files if path.is_relative_to(table.parent)}
 
     # Files by their kind; masks apart.
     masks: dict[tuple[Path, str], Path] = {}
     kinds: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
+    others: dict[str, list[Path]] = defaultdict(list)
     for path, top in files:
         if path.resolve() in taken:
             continue
@@ -153,12 +134,107 @@ def find_series(
             masks[path.parent, stem(path)[: -len(suffix)]] = path
         elif kind:
             kinds[kind].append((path, top))
+        else:
+            others[path.suffix].append(path)
 
     series += _dicom_series(kinds.pop("dicom", []), masks, options, read_headers, left_out)
-    others = sorted(item for group in kinds.values() for item in group)
-    series += _array_series(others, masks, options, left_out)
+    rest = sorted(item for group in kinds.values() for item in group)
+    series += _array_series(rest, masks, options, copies, left_out)
     left_out += [LeftOut(str(path), "a mask without an image") for path in masks.values()]
+    for suffix, paths in others.items():
+        what = f"{len(paths)} files {suffix or 'without suffix'}, as {paths[0].name}"
+        left_out.append(LeftOut(str(paths[0].parent), f"of a kind that is not read: {what}"))
     return series, left_out
+
+
+def find_files(inputs: list[Path], exclude: Path) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
+    """All files below the inputs, each once and with its input's folder; absolute paths.
+
+    Hidden files, what lies below `exclude`, and earlier outputs of prepare_data.py are not among
+    them; folders that may not be read are left out. ValueError for an input that is missing.
+    """
+    found: dict[Path, tuple[Path, Path]] = {}  # links resolved -> path, input
+    left_out: list[LeftOut] = []
+    for top in (Path(os.path.abspath(top)) for top in inputs):
+        if top.is_file():
+            found.setdefault(top.resolve(), (top, top.parent))
+            continue
+        if not top.is_dir():
+            raise ValueError(f"{top}: no such file or folder")
+
+        def refuse(error: OSError) -> None:
+            left_out.append(LeftOut(str(error.filename), f"cannot be opened: {error.strerror}"))
+
+        visited = {exclude.resolve()}  # also what links lead back to
+        for name, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+            folder = Path(name)
+            is_output = folder != top and _json(folder / "dataset.json").get("key_check")
+            if is_output:
+                left_out.append(LeftOut(name, "an output of prepare_data.py"))
+            if is_output or folder.resolve() in visited:
+                folders.clear()
+                continue
+            visited.add(folder.resolve())
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (folder / name for name in sorted(names) if not name.startswith(".")):
+                if path.is_file():
+                    found.setdefault(path.resolve(), (path, top))
+    return list(found.values()), left_out
+
+
+def stem(path: Path) -> str:
+    """The file's name without the suffix of its format: no other part of a dotted name is one."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
+
+
+def identify(path: Path) -> str:
+    """SHA-256 of what a file holds."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def _hash(*facts) -> str:
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _left_out(error: ValueError, path: Path) -> LeftOut:
+    """The error's reason, without the file's name at its start."""
+    return LeftOut(str(path), str(error).removeprefix(f"{path}: "))
+
+
+def _natural(name: str) -> list:
+    """Sorts slice_10 behind slice_9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _json(path: Path) -> dict:
+    """A JSON file's object; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _scale(path: Path, top: Path, options: Options) -> tuple[float, float] | None:
+    """The scale that is given, or that of the nearest dataset.json between a file and its input.
+
+    Other programs have a dataset.json, too: one without a scale is none.
+    """
+    if options.rescale is not None:
+        return options.rescale
+    for folder in path.parents:
+        if _json(folder / "dataset.json").keys() & {"rescale_slope", "rescale_intercept"}:
+            return ct.read_rescale(folder)
+        if folder == top:
+            break
+    return None
 
 
 def patient_of(path: Path, top: Path, options: Options, default: str) -> str:
@@ -169,88 +245,9 @@ def patient_of(path: Path, top: Path, options: Options, default: str) -> str:
     match = re.search(options.patient_pattern, relative)
     if match is None or not match.group(1):
         raise ValueError(
-            f"{path}: --patient_pattern {options.patient_pattern!r} finds no patient in {relative}"
+            f"{path}: no patient found by --patient_pattern {options.patient_pattern!r}"
         )
     return match.group(1)
-
-
-def identify(path: Path) -> str:
-    """A hash of a file's size, start, middle and end: what it holds, whatever its name."""
-    try:
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with open(path, "rb") as file:
-            for offset in (0, size // 2, max(0, size - SAMPLED)):
-                file.seek(offset)
-                digest.update(file.read(SAMPLED))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def _series(kind: str, name: str, patient: str, key: str, sources: list[Source]) -> Series:
-    """A series of 2D files, fingerprinted by what they hold and what is known of them."""
-    facts = [
-        (identify(s.path), s.mask and identify(s.mask), s.rescale, s.position, s.spacing)
-        for s in sources
-    ]
-    return Series(
-        kind, name, patient, key, sources, hashlib.sha256(repr(facts).encode()).hexdigest()
-    )
-
-
-def _left_out(error: ValueError, path: Path) -> LeftOut:
-    """The error's reason, without the file's name at its start."""
-    return LeftOut(str(path), str(error).removeprefix(f"{path}: "))
-
-
-def _natural(name: str) -> list:
-    """Sorts slice_10 behind slice_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _scale(path: Path, top: Path) -> tuple[float, float] | None:
-    """The scale of the nearest dataset.json between a file and its input."""
-    for folder in path.parents:
-        scale = ct.read_rescale(folder)
-        if scale is not None or folder == top:
-            return scale
-    return None
-
-
-def _array_series(
-    files: list[tuple[Path, Path]],
-    masks: dict[tuple[Path, str], Path],
-    options: Options,
-    left_out: list[LeftOut],
-) -> Iterator[Series]:
-    """Volume files, each a series, and 2D files by folder and patient; adds to `left_out`."""
-    flat: dict[tuple[Path, str], list[tuple[Source, Path]]] = defaultdict(list)
-    copies: dict[str, Path] = {}
-    for path, top in files:
-        try:
-            volume = arrays.dimensions(path, options.variable) == 3
-            inside = path.parent.relative_to(top)
-            folder = str(inside) if inside.parts else top.resolve().name
-            patient = patient_of(path, top, options, stem(path) if volume else folder)
-            rescale = options.rescale or _scale(path, top)
-            digest = identify(path)
-        except ValueError as error:
-            left_out.append(_left_out(error, path))
-            continue
-        source = Source(path, None, masks.pop((path.parent, stem(path)), None), rescale)
-        if not volume:
-            flat[path.parent, patient].append((source, top))
-        elif digest in copies:
-            left_out.append(LeftOut(str(path), f"a copy: of {copies[digest]}"))
-        else:
-            copies[digest] = path
-            yield _series("volume", str(path), patient, digest, [source])
-    for (folder, patient), group in flat.items():
-        group.sort(key=lambda item: _natural(item[0].path.name))
-        first, top = group[0]
-        key = f"{folder.relative_to(top)} {patient} {identify(first.path)}"
-        yield _series("images", str(folder), patient, key, [source for source, _ in group])
 
 
 def _dicom_series(
@@ -273,35 +270,92 @@ def _dicom_series(
         folder = os.path.commonpath([header.path.parent for header in headers])
         try:
             kept, out, notes = dicom.arrange(headers)
-            patients = {patient_of(h.path, tops[h.path], options, h.patient): h.path for h in kept}
-            if len(patients) > 1:
-                raise ValueError(
-                    f"--patient_pattern finds {len(patients)} patients in one series: "
-                    + ", ".join(f"{name} ({p})" for name, p in patients.items())
-                )
-        except ValueError as error:
+            found = {patient_of(h.path, tops[h.path], options, h.patient): h.path for h in kept}
+            if len(found) > 1:
+                names = ", ".join(f"{name} ({path})" for name, path in found.items())
+                raise ValueError(f"{len(found)} patients in one series by the pattern: {names}")
+            left_out += [LeftOut(where, reason) for where, reason in out]
+            if not kept:
+                continue
+            own = _dicom_masks(kept, masks)
+            sources = [Source(header.path, header, own[header.path]) for header in kept]
+            states = [header.path.stat() for header in kept]
+            facts = [(h.uid, h.corner, h.spacing, h.orientation) for h in kept]
+            facts += [(state.st_size, state.st_mtime_ns) for state in states]
+            facts += [identify(s.mask) for s in sources if s.mask]
+        except (OSError, ValueError) as error:
             left_out.append(LeftOut(f"{folder} (series {uid})", str(error)))
             continue
-        left_out += [LeftOut(where, reason) for where, reason in out]
-        if not kept:
+        contents = [header.uid for header in kept]
+        patient = next(iter(found))
+        yield Series("dicom", folder, patient, uid, sources, contents, _hash(facts), notes)
+
+
+def _dicom_masks(
+    headers: list[dicom.Header], masks: dict[tuple[Path, str], Path]
+) -> dict[Path, Path | None]:
+    """The mask of each file of a series: its own, or one NIfTI file of all in their folder."""
+    own = {h.path: masks.pop((h.path.parent, stem(h.path)), None) for h in headers}
+    folder = headers[0].path.parent
+    whole = [
+        key for key, path in masks.items() if key[0] == folder and arrays.kind_of(path) == "nifti"
+    ]
+    if not any(own.values()) and len(whole) == 1:
+        own = dict.fromkeys(own, masks.pop(whole[0]))
+    return own
+
+
+def _array_series(
+    files: list[tuple[Path, Path]],
+    masks: dict[tuple[Path, str], Path],
+    options: Options,
+    copies: dict[str, Path],
+    left_out: list[LeftOut],
+) -> Iterator[Series]:
+    """Volume files, each a series, and 2D files by folder and patient; adds to `left_out`."""
+    flat: dict[tuple[Path, str], list[tuple]] = defaultdict(list)
+    volumes: list[tuple] = []
+    for path, top in files:
+        try:
+            is_volume = arrays.dimensions(path, options.variable) == 3
+            inside = path.parent.relative_to(top)
+            folder = str(inside) if inside.parts else top.name
+            rescale = None
+            if arrays.kind_of(path) != "nifti":
+                rescale = _scale(path, top, options)
+            mask = masks.pop((path.parent, stem(path)), None)
+            content, of_mask = identify(path), identify(mask) if mask else None
+            patient = patient_of(path, top, options, "" if is_volume else folder)
+        except ValueError as error:
+            left_out.append(_left_out(error, path))
             continue
-        own = {h.path: masks.pop((h.path.parent, stem(h.path)), None) for h in kept}
-        whole = [
-            key
-            for key, path in masks.items()
-            if key[0] == kept[0].path.parent and arrays.kind_of(path) == "nifti"
-        ]
-        if not any(own.values()) and len(whole) == 1:  # one mask for all slices, in their folder
-            own = dict.fromkeys(own, masks.pop(whole[0]))
-        sources = [Source(h.path, h, own[h.path]) for h in kept]
-        facts = [(h.uid, h.corner, h.path.stat().st_size) for h in kept]
-        facts += [identify(s.mask) for s in sources if s.mask]
-        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
-        yield Series("dicom", folder, next(iter(patients)), uid, sources, fingerprint, notes)
+        if content in copies:
+            left_out.append(LeftOut(str(path), f"a copy: of {copies[content]}"))
+            continue
+        copies[content] = path
+        source = Source(path, None, mask, rescale)
+        item = source, content, _hash(content, of_mask, rescale)
+        if is_volume:
+            volumes.append((*item, patient, folder))
+        else:
+            flat[path.parent, patient].append(item)
+
+    # A volume is named by its file, or by its folder where several have that name.
+    names = Counter(stem(source.path) for source, *_ in volumes)
+    for source, content, facts, patient, folder in volumes:
+        name = stem(source.path)
+        patient = patient or (name if names[name] == 1 else folder)
+        place = str(source.path)
+        yield Series("volume", place, patient, place, [source], [content], facts)
+    for (folder, patient), group in flat.items():
+        group.sort(key=lambda item: _natural(item[0].path.name))
+        sources, contents, facts = (list(part) for part in zip(*group, strict=True))
+        name = str(folder)
+        yield Series("images", name, patient, name, sources, contents, _hash(facts))
 
 
 def _table_series(
-    table: Path, top: Path, options: Options, left_out: list[LeftOut]
+    table: Path, top: Path, options: Options, copies: dict[str, Path], left_out: list[LeftOut]
 ) -> tuple[list[Series], set[Path]]:
     """The rows of a label.csv by patient, and the files it names; adds to `left_out`."""
     lines = [line for _, line in read_lines(table)]
@@ -309,38 +363,52 @@ def _table_series(
     if "image" not in header:  # as the stages take it
         header[:2] = ["image", "contour"][: len(header)]
     rescale = options.rescale or ct.read_rescale(table.parent)
-    groups: dict[str, list[Source]] = defaultdict(list)
+    groups: dict[str, list[tuple]] = defaultdict(list)
     used: set[Path] = set()
     for line in lines[1:]:
         cells = dict(zip(header, line, strict=False))
-        path = table.parent / cells["image"]
+        path = table.parent / cells.get("image", "")
         mask = table.parent / cells["contour"] if cells.get("contour") else None
-        missing = [str(p) for p in (path, mask) if p and not p.is_file()]
-        if missing:
-            left_out.append(LeftOut(str(path), f"missing, listed in {table}: {missing[0]}"))
-            continue
-        used |= {p.resolve() for p in (path, mask) if p}
-        numbers = (cells.get("position") or None, cells.get("pixel_spacing") or None)
         try:
-            position, spacing = (None if text is None else float(text) for text in numbers)
-        except ValueError:
-            raise ValueError(
-                f"{table}: {cells['image']}: position and pixel_spacing {numbers}, expected numbers"
-            ) from None
-        told = position, spacing, cells.get("label", ""), cells.get("split", "")
+            missing = [str(p) for p in (path, mask) if p and not p.is_file()]
+            if missing:
+                raise ValueError(f"missing, listed in {table}: {missing[0]}")
+            used |= {p.resolve() for p in (path, mask) if p}
+            numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
+            if cells.get("split", "").lower() not in ("", *SPLITS):
+                raise ValueError(f"split {cells['split']!r}, expected one of {', '.join(SPLITS)}")
+            content, of_mask = identify(path), identify(mask) if mask else None
+            if content in copies:
+                raise ValueError(f"a copy: of {copies[content]}")
+        except (OSError, ValueError) as error:
+            left_out.append(_left_out(ValueError(error), path))
+            continue
+        copies[content] = path
+        told = *numbers, cells.get("label", ""), cells.get("split", "").lower()
+        source = Source(path, None, mask, rescale, *told)
         patient = cells.get("patient_id") or cells["image"]
-        groups[patient].append(Source(path, None, mask, rescale, *told))
-    place = table.relative_to(top)
-    return [
-        _series(
-            "table",
-            f"{table} ({patient})",
-            patient,
-            f"{place} {patient} {identify(part[0].path)}",
-            part,
+        groups[patient].append((source, content, (of_mask, rescale, told)))
+    series = []
+    for patient, group in groups.items():
+        sources, contents, facts = (list(part) for part in zip(*group, strict=True))
+        name, place = f"{table} ({patient})", str(table)
+        series.append(
+            Series("table", name, patient, place, sources, contents, _hash(contents, facts))
         )
-        for patient, part in groups.items()
-    ], used
+    return series, used
+
+
+def _number(cells: dict[str, str], name: str) -> float | None:
+    """A cell of a table as a number, None where it is empty."""
+    if not cells.get(name):
+        return None
+    try:
+        value = float(cells[name])
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value) or (name == "pixel_spacing" and value <= 0):
+        raise ValueError(f"{name} {cells[name]!r}, expected a number")
+    return value
 
 
 # Reading.
@@ -370,7 +438,12 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     header = source.header
     try:
         if opened.get("path") != source.path:
-            opened |= {"path": source.path, "file": pydicom.dcmread(source.path, force=True)}
+            file = pydicom.dcmread(source.path, force=True)
+            if (
+                "TransferSyntaxUID" not in file.file_meta
+            ):  # a file without header is in DICOM's default
+                file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+            opened |= {"path": source.path, "file": file}
         hu = dicom.read_frame(opened["file"], header.frame)
     except Exception as error:  # decoders raise anything on damaged files
         raise ValueError(f"{source.path}: {error}") from error
@@ -378,7 +451,7 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     if source.mask is not None and arrays.kind_of(source.mask) == "nifti":
         if opened.get("mask") != source.mask:
             opened |= {"mask": source.mask, "volume": nifti.read_volume(source.mask)}
-        mask = _at_height(source.mask, *opened["volume"], header.height)
+        mask = _at_slice(source.mask, opened["volume"], header)
     elif source.mask is not None:
         mask = dicom.upright(ct.read_contour(source.mask)[0], header.orientation)
     mask = _same_shape(mask, hu, source.mask)
@@ -387,69 +460,74 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     return Slice(header.where, hu, spacing, header.height, mask, source)
 
 
-def _at_height(
-    path: Path, values: np.ndarray, _: object, heights: np.ndarray | None, height: float
-) -> np.ndarray:
-    """The slice of a mask's volume at a height in mm, bool (H, W)."""
-    if heights is None:
+def _at_slice(path: Path, mask: nifti.Volume, header: dicom.Header) -> np.ndarray:
+    """The slice of a mask's volume where a DICOM slice lies, bool (H, W)."""
+    if mask.heights is None:
         raise ValueError(f"{path}: its header has no orientation, expected one")
-    nearest = int(np.abs(heights - height).argmin())
-    if abs(heights[nearest] - height) > NEAR:
+    nearest = int(np.abs(mask.heights - header.height).argmin())
+    shift = *(mask.corner - header.corner_upright), mask.heights[nearest] - header.height
+    _require_near(path, shift, header.where)
+    return ct.as_mask(mask.values[nearest])
+
+
+def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
+    shift = np.array([float(mm) for mm in shift])
+    if np.abs(shift).max() > NEAR:
         raise ValueError(
-            f"{path}: no slice at {height:.1f} mm, where the image lies; the nearest is at "
-            f"{heights[nearest]:.1f} mm"
+            f"{path}: lies {', '.join(f'{mm:.1f}' for mm in shift)} mm (to the left, the back, the "
+            f"head) from {where}, expected the same place"
         )
-    return ct.as_mask(values[nearest])
 
 
 def _read_picture(source: Source, kind: str, options: Options) -> Slice:
     """A 2D file and its mask. Those of a table are read as the stages read them."""
-    mask = None
+    mask, volume = None, nifti.Volume(np.empty(0))
     if kind == "table":
         hu = ct.read_hu(source.path, source.rescale, options.window)
         if source.mask is not None:
             mask = ct.read_contour(source.mask)[0]
     else:
-        values = arrays.read(source.path, options.variable, options.array_axes)[0]
-        hu = ct.scale_to_hu(values, source.path, source.rescale, options.window)
+        volume = _load(source.path, source.rescale, options)
+        hu = volume.values[0]
         if source.mask is not None:
-            mask = ct.as_mask(arrays.read(source.mask, None, options.array_axes)[0])
+            mask = ct.as_mask(_load_mask(source.mask, options).values[0])
     problem = None if options.trust_hu else hu_problem(hu)
     if problem:
         raise ValueError(problem)
     mask = _same_shape(mask, hu, source.mask)
-    spacing = (source.spacing, source.spacing) if source.spacing else None
-    return Slice(str(source.path), hu, spacing, None, mask, source)
+    spacing = (source.spacing, source.spacing) if source.spacing else volume.spacing
+    height = None if volume.heights is None else float(volume.heights[0])
+    return Slice(str(source.path), hu, spacing, height, mask, source)
 
 
 def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
-    hu, spacing, heights = _load(source.path, source.rescale, options)
-    mask = None
+    volume, masks = _load(source.path, source.rescale, options), None
+    heights = [None] * len(volume.values) if volume.heights is None else volume.heights
     if source.mask is not None:
-        values, _, mask_heights = _load(source.mask, (1.0, 0.0), options)
-        mask = _same_shape(ct.as_mask(values), hu, source.mask)
-        if heights is not None and mask_heights is not None:
-            shift = np.abs(heights - mask_heights).max()
-            if shift > NEAR:
-                raise ValueError(
-                    f"{source.mask}: its slices lie up to {shift:.1f} mm from those of "
-                    f"{source.path}, expected the same places"
-                )
-    for i, image in enumerate(hu):
-        height = None if heights is None else float(heights[i])
-        part = None if mask is None else mask[i]
-        yield Slice(f"{source.path} slice {i + 1}", image, spacing, height, part, source)
+        mask = _load_mask(source.mask, options)
+        masks = _same_shape(ct.as_mask(mask.values), volume.values, source.mask)
+        if volume.heights is not None and mask.heights is not None:
+            furthest = np.abs(volume.heights - mask.heights).argmax()
+            shift = *(mask.corner - volume.corner), (mask.heights - volume.heights)[furthest]
+            _require_near(source.mask, shift, str(source.path))
+    for i, (image, height) in enumerate(zip(volume.values, heights, strict=True)):
+        part = None if masks is None else masks[i]
+        yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, part, source)
 
 
-def _load(
-    path: Path, rescale: tuple[float, float] | None, options: Options
-) -> tuple[np.ndarray, tuple[float, float] | None, np.ndarray | None]:
-    """HU (D, H, W), mm between rows and columns, mm towards the head (D,): `nifti.read_volume`."""
+def _load_mask(path: Path, options: Options) -> nifti.Volume:
+    """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
+    return _load(path, (1.0, 0.0), replace(options, variable=None))
+
+
+def _load(path: Path, rescale: tuple[float, float] | None, options: Options) -> nifti.Volume:
+    """HU of a slice or volume file, upright and from head to feet."""
     if arrays.kind_of(path) != "nifti":
         values = arrays.read(path, options.variable, options.array_axes)
-        return ct.scale_to_hu(values, path, rescale, options.window), None, None
-    hu, spacing, heights = nifti.read_volume(path)
-    if heights is None:
+        return nifti.Volume(ct.scale_to_hu(values, path, rescale, options.window))
+    volume = nifti.read_volume(path)
+    hu = volume.values
+    if volume.heights is None:
         if options.array_axes is None:
             raise ValueError(
                 f"{path}: its header has no orientation (sform_code and qform_code are 0); give "
@@ -458,7 +536,7 @@ def _load(
         hu = arrays.orient(hu, path, options.array_axes)
     if not np.isfinite(hu).all():
         raise ValueError(f"{path}: {int((~np.isfinite(hu)).sum())} values are not finite")
-    return np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu), spacing, heights
+    return replace(volume, values=np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu))
 
 
 def _same_shape(mask: np.ndarray | None, hu: np.ndarray, path: Path | None) -> np.ndarray | None:

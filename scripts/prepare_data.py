@@ -6,11 +6,13 @@ Patients appear in it under keyed hashes alone. Run again, it does only what is 
 import argparse
 import contextlib
 import csv
+import fcntl
 import hashlib
 import hmac
 import io
 import json
 import os
+import re
 import secrets
 import sys
 from collections import Counter, defaultdict
@@ -36,6 +38,7 @@ from fibldm.training import fraction, make_parser, positive, positive_float, run
 INTERCEPT = -1024  # HU of a stored 0
 COLUMNS = ("image", "contour", "patient_id", "label", "split", "position", "pixel_spacing")
 FOLDERS = ("series", "images", "contours")
+MAX_HU = 32767
 NAME = "[0-9a-f]" * 12 + "_*.png"  # of the images and contours that are written here
 SHOWN = 8  # files named for each reason; the report names all
 
@@ -67,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--labels", type=Path, help="CSV: patient_id and label (or in this order)"
     )
     patients.add_argument(
-        "--patient_pattern", metavar="REGEX",
+        "--patient_pattern", type=_pattern, metavar="REGEX",
         help="its first group, found in a file's path below INPUT, is the patient (default: the "
         "PatientID of DICOM; label.csv; the name of a volume's file; the folder of single slices)",
     )  # fmt: skip
@@ -109,10 +112,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, suffix in (("key_file", ".key"), ("report", ".left_out.csv")):
         if getattr(args, name) is None:
             setattr(args, name, args.output_dir.with_name(args.output_dir.name + suffix))
-        elif args.output_dir in Path(os.path.abspath(getattr(args, name))).parents:
+        elif args.output_dir.resolve() in getattr(args, name).resolve().parents:
             parser.error(f"--{name} {getattr(args, name)}: identifies patients; keep it outside of "
                          f"--output_dir {args.output_dir}")  # fmt: skip
     return args
+
+
+def _pattern(text: str) -> str:
+    try:
+        groups = re.compile(text).groups
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: no regular expression: {error}") from None
+    if groups < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a group, as patient_([0-9]+)")
+    return text
 
 
 def _axes(text: str) -> str:
@@ -139,7 +152,7 @@ class Prepared:
     left_out: list[LeftOut] = field(default_factory=list)
     found: int = 0
     given: int = 0  # contours that came from masks
-    error: str | None = None
+    error: str | None = None  # "": all its slices were left out
 
 
 class CannotWrite(ValueError):
@@ -155,56 +168,55 @@ def prepare(
     """Write the slices of a series that have enough lung, and their contours, all or none."""
     result = Prepared()
     try:
-        slices, images, masks, values = [], [], [], []
+        slices, images, given, values = [], [], [], []
         for item in read_series(series, options):
             result.found += 1
             if isinstance(item, LeftOut):
                 result.left_out.append(item)
                 continue
-            spacing = item.spacing or (1.0, 1.0)
             if settings.pixel_spacing is not None and item.spacing is None:
                 raise ValueError("its pixel spacing is unknown, and --spacing needs it")
-            fit = (settings.image_size, dicom.AIR, spacing, settings.pixel_spacing)
-            images.append(np.round(ct.fit_square(item.hu, *fit)).astype(np.int16))
-            masks.append(_fit_mask(item.mask, settings.image_size, spacing, settings.pixel_spacing))
+            fit = (item.spacing or (1.0, 1.0), settings.pixel_spacing)
+            hu = ct.fit_square(item.hu, settings.image_size, dicom.AIR, *fit)
+            images.append(np.clip(np.round(hu), INTERCEPT, MAX_HU).astype(np.int16))
+            given.append((item.mask, fit))
             step = max(1, len(item.hu) // 128)
             values.append(item.hu[::step, ::step])
             slices.append((item.where, item.source, item.height, _pixel(item, settings)))
         if not slices:
-            reasons = Counter(item.reason for item in result.left_out)
-            raise ValueError("; ".join(reasons) or "no slices in it")
+            result.error = "" if result.left_out else "no slices in it"
+            return result
         volume = np.stack(images)
         alike = len({image.shape for image in values}) == 1
         sample = np.stack(values) if alike else np.concatenate([v.ravel() for v in values])
         problem = None if options.trust_hu else hu_problem(sample)
         if problem:
             raise ValueError(problem)
-        found = masks
-        if any(mask is None for mask in masks):  # slices of a table need not be neighbours
-            apart = series.kind == "table"
-            found = [lung_mask(image) for image in volume] if apart else lung_mask(volume)
-        result.given = sum(mask is not None for mask in masks)
-        masks = [
-            given if given is not None else own for given, own in zip(masks, found, strict=True)
-        ]
+        masks = _contours(volume, given, series.kind)
+        result.given = sum(mask is not None for mask, _ in given)
         rows, left_out = _choose(slices, masks, series, settings)
         result.left_out += left_out
-    except ValueError as error:
-        result.error = str(error)
+    except (ValueError, OSError, MemoryError) as error:
+        result.error = str(error) or type(error).__name__
         return result
     result.rows = _write(rows, volume, masks, settings, output, name)
     return result
 
 
-def _fit_mask(
-    mask: np.ndarray | None, size: int, spacing: tuple[float, float], pixel: float | None
-) -> np.ndarray | None:
-    """A mask as (size, size), outlines filled."""
-    if mask is None:
-        return None
-    if ct.contour_style(mask[None]) == "outline":
-        mask = ct.fill_outline(mask[None])[0]
-    return ct.fit_square(mask, size, 0, spacing, pixel) >= 0.5
+def _contours(volume: np.ndarray, given: list[tuple], kind: str) -> list[np.ndarray]:
+    """Filled lung masks of the slices (D, H, W): those given, fitted, or else found."""
+    found = volume
+    if any(mask is None for mask, _ in given):  # slices of a table need not be neighbours
+        found = [lung_mask(image) for image in volume] if kind == "table" else lung_mask(volume)
+    styles = Counter(ct.contour_style(mask[None]) for mask, _ in given if mask is not None)
+    masks = []
+    for (mask, fit), own in zip(given, found, strict=True):
+        if mask is not None:
+            if styles["outline"] > styles["filled"]:  # a small one alone does not tell
+                mask = ct.fill_outline(mask[None])[0]
+            own = ct.fit_square(mask, volume.shape[-1], 0, *fit) >= 0.5
+        masks.append(own)
+    return masks
 
 
 def _pixel(item, settings: Settings) -> float | None:
@@ -237,7 +249,9 @@ def _choose(
             reason = "lungs reach beyond the image (--spacing times --image_size)"
             left_out.append(LeftOut(where, reason))
             continue
-        position = (max(lungs) - heights[i]) / extent if ordered else source.position
+        position = source.position
+        if ordered:
+            position = min(max((max(lungs) - heights[i]) / extent, 0.0), 1.0)
         cells = {
             "label": source.label,
             "split": source.split,
@@ -293,10 +307,10 @@ def prepare_all(
         return
     done: set[str] = set()
     with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
-        futures = {
-            pool.submit(prepare, series, options, settings, output, name): (series, name)
-            for series, name in jobs
-        }
+        futures = {}
+        with contextlib.suppress(BrokenProcessPool):
+            for job in jobs:
+                futures[pool.submit(prepare, job[0], options, settings, output, job[1])] = job
         try:
             for future in as_completed(futures):
                 with contextlib.suppress(BrokenProcessPool):
@@ -329,8 +343,14 @@ def read_headers(paths: list[Path], workers: int) -> Iterable[list[dicom.Header]
     bar = {"desc": "reading headers", "total": len(paths), "unit": "file", "disable": None}
     if workers <= 1 or len(paths) < 256:
         return list(tqdm(map(headers_of, paths), **bar))
-    with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(headers_of, paths, chunksize=64), **bar))
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            return list(tqdm(pool.map(headers_of, paths, chunksize=64), **bar))
+    except BrokenProcessPool:
+        raise ValueError(
+            "reading DICOM headers ended a process: out of memory, or a damaged file; "
+            "--num_workers 1 reads them one by one"
+        ) from None
 
 
 # Who a patient is, and what the user says of them.
@@ -343,27 +363,37 @@ class Pseudonyms:
     key: bytes
 
     def of(self, what: str, text: str, length: int = 12) -> str:
-        digest = hmac.new(self.key, f"{what}:{text}".encode(), hashlib.sha256).hexdigest()
+        digest = hmac.new(
+            self.key, f"{what}:{text}".encode("utf-8", "surrogateescape"), hashlib.sha256
+        ).hexdigest()
         return digest[:length]
 
 
 def read_key(path: Path, needed: bool) -> bytes:
     """The key of a file; a new one where there is no file, unless a data set already needs it."""
-    if path.is_file():
-        key = path.read_text().strip()
-        if len(key) < 32:
-            raise ValueError(f"--key_file {path}: {len(key)} characters, expected at least 32")
-        return key.encode()
-    if needed:
-        raise ValueError(
-            f"--key_file {path}: no such file, and the data set was made with one; give the key "
-            "that it was made with, or --overwrite to make all anew under a new key"
-        )
-    key = secrets.token_hex(32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(key + "\n")
+    try:
+        if path.exists():
+            key = path.read_text(encoding="utf-8").strip()
+            if len(key) < 32:
+                raise ValueError(f"{len(key)} characters, expected at least 32")
+            return key.encode()
+        if needed:
+            raise ValueError(
+                "no such file, and the data set was made with one; give the key that it was made "
+                "with, or --overwrite to make all anew under a new key"
+            )
+        key = secrets.token_hex(32)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_secret(path, key + "\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--key_file {path}: {error}") from error
     return key.encode()
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write what only its owner may read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
 
 
 def read_labels(path: Path) -> dict[str, str]:
@@ -376,6 +406,8 @@ def read_labels(path: Path) -> dict[str, str]:
     who, what = (header.index("patient_id"), header.index("label")) if named else (0, 1)
     labels: dict[str, str] = {}
     for line in lines[1:]:
+        if len(line) <= max(who, what):
+            raise ValueError(f"{path}: {line}, expected a cell for each of {lines[0]}")
         if labels.setdefault(line[who], line[what]) != line[what]:
             raise ValueError(
                 f"{path}: patient {line[who]} is {labels[line[who]]} and {line[what]}, "
@@ -391,13 +423,13 @@ def open_output(args: argparse.Namespace, settings: Settings) -> Pseudonyms:
     """Check the folder against its dataset.json, or make it; return its pseudonyms."""
     output, facts_file = args.output_dir, args.output_dir / "dataset.json"
     for top in args.inputs:
-        if Path(os.path.abspath(top)).is_relative_to(output):
+        if top.resolve().is_relative_to(output.resolve()):
             raise ValueError(f"{top}: lies within --output_dir {output}, expected another folder")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output}: expected a folder, found a file")
     before = None
     if facts_file.is_file():
-        before = json.loads(facts_file.read_text())
+        before = read_json(facts_file)
         if "key_check" not in before:
             raise ValueError(
                 f"--output_dir {output}: holds a data set of another origin; give another folder"
@@ -416,42 +448,80 @@ def open_output(args: argparse.Namespace, settings: Settings) -> Pseudonyms:
                     f"{value}; give the same, another folder, or --overwrite to make all anew"
                 )
     write_text(facts_file, json.dumps(facts, indent=2) + "\n")
-    if before is not None and args.overwrite:
-        (output / "label.csv").unlink(missing_ok=True)
-        for path in (output / "series").glob("*.json"):
-            path.unlink()
     for folder in FOLDERS:
         (output / folder).mkdir(exist_ok=True)
         for torn in (output / folder).glob(".tmp_*"):  # of a run that was killed
             torn.unlink()
+    if args.overwrite:
+        for path in (output / "label.csv", output / "labels.json", *records_of(output)):
+            path.unlink(missing_ok=True)
     return names
+
+
+@contextlib.contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Hold the output's lock: two runs at once would sweep up each other's files."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise CannotWrite(f"{output}: cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output_dir {output}: another run is writing to it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it, and run again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged, expected a JSON object; remove it, and run again")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ct.write_atomically(path, lambda temporary: temporary.write_text(text))
+        ct.write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
     except OSError as error:
         raise CannotWrite(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def records_of(output: Path) -> list[Path]:
+    """A record for each series: its lines of label.csv, and what they follow from, hashed."""
+    return sorted((output / "series").glob("*.json"))
+
+
 def write_table(output: Path, labels: dict[str, str]) -> list[dict]:
     """Write label.csv from the records of all series; `labels`, by pseudonym, win; sweep up."""
-    before = {}
-    if (output / "label.csv").is_file():
-        with open(output / "label.csv", newline="") as file:
-            before = {row["image"]: row["label"] for row in csv.DictReader(file)}
-    records = [json.loads(path.read_text()) for path in sorted((output / "series").glob("*.json"))]
-    rows = [row for record in records for row in record["rows"]]
+    state_file, table = output / "labels.json", output / "label.csv"
+    state = read_json(state_file) if state_file.is_file() else {"labels": {}, "label_csv": []}
+    state["labels"] |= labels
+    rows = [row for path in records_of(output) for row in read_json(path)["rows"]]
     for row in rows:
-        known = row["label"] or before.get(row["image"], "")
-        row["label"] = labels.get(row["patient_id"], known)
+        row["label"] = state["labels"].get(row["patient_id"], row["label"])
     rows.sort(key=lambda row: row["image"])
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(output / "label.csv", text.getvalue())
+    now = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None
+    if now and now not in state["label_csv"]:
+        edited = table.with_name("label.edited.csv")
+        table.replace(edited)
+        print(f"note: label.csv was edited since the last run, and is made anew; see {edited}")
+    new = hashlib.sha256(text.getvalue().encode()).hexdigest()
+    for known in ([now, new], [new]):  # a kill between the two leaves no doubt whose table it is
+        state["label_csv"] = [one for one in known if one]
+        write_text(state_file, json.dumps(state, indent=2) + "\n")
+        write_text(table, text.getvalue())
 
     # What no row names any more: of series that changed, and of runs that were killed.
     named = {row[column] for row in rows for column in ("image", "contour")}
@@ -462,15 +532,43 @@ def write_table(output: Path, labels: dict[str, str]) -> list[dict]:
     return rows
 
 
-def write_report(path: Path, left_out: list[LeftOut]) -> None:
+# What is told.
+
+
+def read_report(path: Path, series: set[str]) -> list[tuple[str, LeftOut]]:
+    """What an earlier run left out of these series, which this one does not look at again."""
+    if not path.is_file():
+        return []
+    lines = [line for _, line in read_lines(path) if len(line) == 3]
+    return [(name, LeftOut(where, reason)) for name, where, reason in lines if name in series]
+
+
+def write_report(path: Path, left_out: list[tuple[str, LeftOut]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["what", "reason"])
-    writer.writerows([item.where, item.reason] for item in left_out)
-    write_text(path, text.getvalue())
+    writer.writerow(["series", "what", "reason"])
+    writer.writerows([name, item.where, item.reason] for name, item in left_out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_secret(path, printable(text.getvalue()))
+    except OSError as error:
+        raise CannotWrite(f"--report {path}: cannot be written: {error.strerror}") from error
+
+
+def printable(text: str) -> str:
+    """Text with names of files that are not in UTF-8 made legible."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def main(args: argparse.Namespace) -> None:
+    try:
+        prepare_data(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on")
+        sys.exit(130)
+
+
+def prepare_data(args: argparse.Namespace) -> None:
     # What there is, and what is asked for: both checked before anything is written.
     settings = Settings(args.image_size, args.contour_style, args.min_lung_area, args.spacing)
     options = Options(
@@ -483,51 +581,91 @@ def main(args: argparse.Namespace) -> None:
         args.trust_hu,
     )
     given = {} if args.labels is None else read_labels(args.labels)
-    series, left_out = find_series(
+    series, of_files = find_series(
         args.inputs, args.output_dir, options, lambda paths: read_headers(paths, args.num_workers)
     )
     if not series:
         tops = ", ".join(map(str, args.inputs))
-        raise ValueError(f"{tops}: no CT found\n{summary(left_out)}")
-    names = open_output(args, settings)
-    output, records = args.output_dir, args.output_dir / "series"
-    labels = {names.of("patient", patient): label for patient, label in given.items()}
+        raise ValueError(printable(f"{tops}: no CT found\n{summary(of_files)}"))
+    left_out = [("", item) for item in of_files]
+    with only_run(args.output_dir):
+        names = open_output(args, settings)
+        rows, lines, notes = prepare_new(args, series, options, settings, names, given, left_out)
+    print("\n".join(printable(line) for line in lines))
+    print(printable(summary([item for _, item in left_out])))
+    notes += remarks(args, series, given, rows)
+    for note in notes[:SHOWN] + ([f"... and {len(notes) - SHOWN} more"] if notes[SHOWN:] else []):
+        print(printable(f"note: {note}"))
+    print(f"secret, keep them outside of what you share: {args.key_file}, {args.report}")
+    if not rows:
+        raise ValueError(f"{args.output_dir}: no slice is usable; the reasons stand above")
 
-    # Which series are new, or changed.
-    jobs, fingerprints, unchanged = [], {}, 0  # files' names hold it: none replaces another
+
+def prepare_new(
+    args: argparse.Namespace,
+    series: list[Series],
+    options: Options,
+    settings: Settings,
+    names: Pseudonyms,
+    given: dict[str, str],
+    left_out: list[tuple[str, LeftOut]],
+) -> tuple[list[dict], list[str], list[str]]:
+    """Prepare what is new; return label.csv's rows, a summary's lines, and notes.
+
+    Adds to `left_out`. A series takes the place of what was made of the same files before,
+    wherever they lay and whosever they were thought to be.
+    """
+    output = args.output_dir
+    records = {path.stem: read_json(path) for path in records_of(output)}
+    holders: dict[str, set[str]] = defaultdict(set)  # content -> records that have it
+    for name, record in records.items():
+        for content in record["contents"]:
+            holders[content].add(name)
+    jobs, facts, unchanged, notes = [], {}, set(), []
     for one in series:
-        key = names.of("series", one.key, 8)
-        name = f"{names.of('patient', one.patient)}_{key}"
-        facts = f"{options} {settings} {one.fingerprint}"
-        fingerprints[name] = names.of("fingerprint", facts)
-        for path in records.glob(f"*_{key}.json"):
-            record = json.loads(path.read_text())
-            if path.stem == name and record["fingerprint"] == fingerprints[name]:
-                unchanged += 1
-                break
-            if path.stem != name:  # it was another patient's
-                path.unlink()
+        place = names.of("place", f"{one.kind} {one.patient} {one.place}", 16)
+        name = f"{names.of('patient', one.patient)}_{place}"
+        contents = [names.of("content", content, 16) for content in one.contents]
+        fingerprint = names.of("fingerprint", f"{options} {settings} {one.fingerprint}")
+        others = set().union(*(holders[content] for content in contents)) - {name}
+        facts[name] = one, fingerprint, contents, others
+        record = records.get(name)
+        gone = set(record["contents"]) - set(contents) if record else set()
+        if gone:
+            notes.append(
+                f"{one.name}: {len(gone)} of the files that an earlier run found are not in the "
+                "inputs; their slices are removed"
+            )
+        files = [output / row[c] for row in (record or {"rows": []})["rows"] for c in COLUMNS[:2]]
+        if record and record["fingerprint"] == fingerprint and all(p.is_file() for p in files):
+            unchanged.add(name)
+            for other in others:
+                (output / "series" / f"{other}.json").unlink(missing_ok=True)
         else:
-            jobs.append((one, f"{name}_{fingerprints[name][:6]}"))
+            jobs.append((one, f"{name}_{fingerprint[:6]}"))
+            notes += one.notes
+    left_out += read_report(args.report, unchanged)
+    write_report(args.report, left_out)  # not writable: said before hours are spent
 
     # Make them.
     table: dict[str, Counter] = defaultdict(Counter)
-    notes = [note for one, _ in jobs for note in one.notes]
+    labels = {names.of("patient", patient): label for patient, label in given.items()}
     done = 0
     try:
-        bar = tqdm(total=len(jobs), desc="preparing", unit="series", disable=None)
-        for one, name, result in prepare_all(jobs, options, settings, output, args.num_workers):
-            name = name.rpartition("_")[0]
-            keep(output, name, fingerprints[name], result)
-            left_out += result.left_out
-            if result.error is not None:
-                left_out.append(LeftOut(one.name, result.error))
-            counts = {"series": 1, "found": result.found, "used": len(result.rows)}
-            table[one.kind].update({**counts, "masks": result.given})
-            done += 1
-            bar.update()
-        bar.close()
+        with tqdm(total=len(jobs), desc="preparing", unit="series", disable=None) as bar:
+            for one, name, result in prepare_all(jobs, options, settings, output, args.num_workers):
+                name = name.rpartition("_")[0]
+                keep(output, name, facts[name], result)
+                left_out += [(name, item) for item in result.left_out]
+                if result.error:
+                    kept = "; its earlier slices are kept" if name in records else ""
+                    left_out.append(("", LeftOut(one.name, f"{result.error}{kept}")))
+                counts = {"series": 1, "found": result.found, "used": len(result.rows)}
+                table[one.kind].update({**counts, "masks": result.given})
+                done += 1
+                bar.update()
         rows = write_table(output, labels)
+        write_report(args.report, left_out)
     except CannotWrite as error:
         raise ValueError(
             f"{error}; {done} of {len(jobs)} series are done and kept: make room, and run the same "
@@ -535,37 +673,34 @@ def main(args: argparse.Namespace) -> None:
         ) from error
     except KeyboardInterrupt:
         write_table(output, labels)
-        print(f"\ninterrupted: {done} of {len(jobs)} series are done; run the same command again")
-        sys.exit(130)
-    write_report(args.report, left_out)
+        print(f"\n{done} of {len(jobs)} series are done")
+        raise
 
-    # What was found, used and left out.
     patients = {row["patient_id"] for row in rows}
-    print(f"{output / 'label.csv'}: {len(rows)} slices of {len(patients)} patients; "
-          f"{len(jobs)} series new or changed, {unchanged} unchanged")  # fmt: skip
     columns = ("series", "found", "used", "masks")
-    print(
-        "\n{:10}{:>8}{:>8}{:>8}{:>10}{:>8}".format("slices of", *columns[:3], "left out", "masks")
-    )
+    lines = [
+        f"{output / 'label.csv'}: {len(rows)} slices of {len(patients)} patients; "
+        f"{len(jobs)} series new or changed, {len(unchanged)} unchanged",
+        "",
+        "{:10}{:>8}{:>8}{:>8}{:>10}{:>8}".format("slices of", *columns[:3], "left out", "masks"),
+    ]
     for kind, counts in sorted(table.items()):
-        series_, found, used, masks = (counts[name] for name in columns)
-        print(f"{kind:10}{series_:8}{found:8}{used:8}{found - used:10}{masks:8}")
-    print(summary(left_out))
-    notes += remarks(series, given, rows)
-    for note in notes[:SHOWN] + ([f"... and {len(notes) - SHOWN} more"] if notes[SHOWN:] else []):
-        print(f"note: {note}")
-    print(f"secret, keep them outside of what you share: {args.key_file}, {args.report}")
-    if not rows:
-        raise ValueError(f"{output}: no slice is usable; the reasons stand above")
+        number, found, used, masks = (counts[name] for name in columns)
+        lines.append(f"{kind:10}{number:8}{found:8}{used:8}{found - used:10}{masks:8}")
+    return rows, lines, notes
 
 
-def keep(output: Path, name: str, fingerprint: str, result: Prepared) -> None:
-    """Record what became of a series, so that it is not made again; an error leaves the old one."""
-    if result.error is None:
-        patient = name.partition("_")[0]
-        rows = [{**row, "patient_id": patient} for row in result.rows]
-        text = json.dumps({"fingerprint": fingerprint, "rows": rows}) + "\n"
-        write_text(output / "series" / f"{name}.json", text)
+def keep(output: Path, name: str, facts: tuple, result: Prepared) -> None:
+    """Record a series, so that it is not made again; an error leaves an earlier record."""
+    _, fingerprint, contents, others = facts
+    if result.error is not None:
+        return
+    patient = name.partition("_")[0]
+    rows = [{**row, "patient_id": patient} for row in result.rows]
+    record = {"fingerprint": fingerprint, "contents": contents, "rows": rows}
+    write_text(output / "series" / f"{name}.json", json.dumps(record) + "\n")
+    for other in others:
+        (output / "series" / f"{other}.json").unlink(missing_ok=True)
 
 
 def summary(left_out: list[LeftOut]) -> str:
@@ -575,8 +710,11 @@ def summary(left_out: list[LeftOut]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for item in left_out:
         reason, _, detail = item.reason.partition(": ")
+        if os.sep in reason and detail:  # another file's: its mask, its dataset.json
+            file, (reason, _, detail) = reason, detail.partition(": ")
+            detail = f"{file}{': ' if detail else ''}{detail}"
         groups[reason].append(f"{item.where}{': ' if detail else ''}{detail}")
-    lines = ["", f"left out: {len(left_out)}"]
+    lines = ["", "left out:"]
     for reason, items in sorted(groups.items(), key=lambda group: -len(group[1])):
         lines.append(f"{len(items):7}  {reason}")
         lines += [f"         - {item}" for item in items[:SHOWN]]
@@ -584,7 +722,9 @@ def summary(left_out: list[LeftOut]) -> str:
     return "\n".join(lines)
 
 
-def remarks(series: list[Series], labels: dict[str, str], rows: list[dict]) -> list[str]:
+def remarks(
+    args: argparse.Namespace, series: list[Series], labels: dict[str, str], rows: list[dict]
+) -> list[str]:
     """What the user should know of how patients and labels were taken."""
     notes = []
     known = {one.patient for one in series}
@@ -603,15 +743,26 @@ def remarks(series: list[Series], labels: dict[str, str], rows: list[dict]) -> l
             "reconstruction as inputs if these are of the same scan"
         )
     folders = sorted({one.name for one in series if one.kind == "images"})
-    if folders:
+    if folders and args.patient_pattern is None:
         notes.append(
             "single slices of a folder are taken as one patient's, in the order of their names "
             f"from head to feet: {', '.join(folders[:SHOWN])}; otherwise give --patient_pattern"
         )
-    if any(one.kind == "volume" for one in series):
+    volumes = [one for one in series if one.kind == "volume"]
+    bare = [one for one in volumes if not one.name.lower().endswith((".nii", ".nii.gz"))]
+    if bare and args.array_axes is None:
         notes.append(
-            "each volume file is taken as a patient of its own, named as the file; if a patient "
-            "has several, give --patient_pattern: else they may land on both sides of the split"
+            f"{len(bare)} volumes carry no orientation, as {bare[0].name}: their axes are taken as "
+            "slices, rows, columns (or rows, columns, slices), from the head and upright; if that "
+            "is wrong give --array_axes (arrays of nibabel's are often XYZ)"
+        )
+    if any(one.kind == "table" for one in series):
+        notes.append("labels and splits of tables are copied as they are: no names may be in them")
+    if volumes and args.patient_pattern is None:
+        notes.append(
+            "each volume file is taken as a patient of its own, named as the file, or as its "
+            "folder where several have that name; if a patient has several, give "
+            "--patient_pattern: else they may land on both sides of the split"
         )
     return notes
 

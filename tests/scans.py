@@ -113,11 +113,13 @@ def enhanced(patient: int = 0) -> pydicom.Dataset:
     return dataset
 
 
-def nifti(volume: np.ndarray, codes: str = "LPS") -> nibabel.Nifti1Image:
+def nifti(
+    volume: np.ndarray, codes: str = "LPS", spacing: tuple[float, float] = (SPACING, SPACING)
+) -> nibabel.Nifti1Image:
     """A volume (D, H, W), head to feet and upright, as NIfTI with axes of another orientation."""
     image = nibabel.Nifti1Image(
         np.ascontiguousarray(volume.T[:, :, ::-1]),  # to the left, back, head
-        np.diag([-SPACING, -SPACING, STEP, 1.0]),
+        np.diag([-spacing[1], -spacing[0], STEP, 1.0]),
     )
     start = nibabel.io_orientation(image.affine)
     turn = nibabel.orientations.ornt_transform(start, nibabel.orientations.axcodes2ornt(codes))

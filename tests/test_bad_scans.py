@@ -246,6 +246,54 @@ def missing_in_a_table(folder):
     (folder / "label.csv").write_text("image,patient_id\nscan.png,a\nlost.png,b\n")
 
 
+def frames_that_are_not_there(folder):
+    bad_series(folder, setting(NumberOfFrames=300000), one=0)
+
+
+def not_finite_dicom(folder):
+    def spoil(dataset):
+        hu = scan(1)[2].astype(np.float32)
+        hu[0, 0] = np.nan
+        del dataset.PixelData
+        dataset.FloatPixelData = hu.tobytes()
+        dataset.BitsAllocated, dataset.RescaleIntercept = 32, 0
+
+    bad_series(folder, spoil, one=2)
+
+
+def table_in_another_encoding(folder):
+    png_16_bit_without_scale(folder)
+    (folder / "label.csv").write_bytes("image,patient_id\nscan.png,M\xfcller\n".encode("latin-1"))
+
+
+def table_with_a_short_line(folder):
+    png_16_bit_without_scale(folder)
+    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
+    (folder / "label.csv").write_text("patient_id,image\na,scan.png\nb\nc," + "x" * 300 + "\n")
+
+
+def table_with_a_split_of_its_own(folder):
+    table_with_a_short_line(folder)
+    (folder / "label.csv").write_text("image,split\nscan.png,Erika Muster\n")
+
+
+def png_16_bit_colour(folder):
+    import imagecodecs
+
+    pixels = np.repeat((scan(1)[2] + 1024).astype(np.uint16)[..., None], 3, axis=2)
+    (folder / "scan.png").write_bytes(imagecodecs.png_encode(pixels))
+
+
+def archive(folder):
+    (folder / "scan.nrrd").write_bytes(b"NRRD0004")
+
+
+def latin_1_name(folder):
+    path = os.fsencode(folder) + b"/M\xfcller.nii"
+    save_nifti(folder, np.diag([1.0, 1.0, 0.0, 1.0]))
+    os.rename(folder / "scan.nii", path)
+
+
 # What is bad, the reason that is given, the file that is named, and how many slices are still used.
 CASES = [
     (truncated_pixels, "pixel data", "IM003", 4),
@@ -299,9 +347,17 @@ CASES = [
     (tiff_constant, "constant", "scan.tif", 0),
     (empty_file, "", "scan.nii.gz", 0),
     (mask_of_another_shape, "a mask of (5, 40, 64) pixels, expected (5, 64, 64)", "scan_mask", 0),
-    (mask_elsewhere, "90.0 mm from those", "scan_mask", 0),
+    (mask_elsewhere, "90.0 mm (to the left", "scan_mask", 0),
     (mask_without_image, "a mask without an image", "scan_mask", 0),
     (mask_that_is_a_picture, "a picture rather than a contour", "scan.npy", 0),
+    (frames_that_are_not_there, "NumberOfFrames 300000, but 0", "IM000", 4),
+    (not_finite_dicom, "values are not finite", "IM003", 4),
+    (table_in_another_encoding, "not a CSV text file in UTF-8", "label.csv", 0),
+    (table_with_a_short_line, "missing, listed in", "label.csv", 1),
+    (table_with_a_split_of_its_own, "expected one of train, val, test", "scan.png", 0),
+    (png_16_bit_colour, "16 bits in several channels", "scan.png", 0),
+    (archive, "of a kind that is not read", "scan.nrrd", 0),
+    (latin_1_name, "a broken affine", "ller.nii", 0),
     (missing_in_a_table, "missing, listed in", "lost.png", 1),
 ]
 
@@ -451,6 +507,7 @@ def test_labels_of_unknown_patients_are_named(tmp_path, capsys):
         ("patient_id,label\na,x\na,y\n", "patient a is x and y, expected one label a patient"),
         ("patient_id\na\n", "expected a header and two columns, patient_id and label"),
         ("", "expected a header and two columns"),
+        ("id,x,patient_id,label\n1,2\n", r".*expected a cell for each of"),
     ],
 )
 def test_bad_labels(tmp_path, text, match):
@@ -500,7 +557,45 @@ def test_a_pattern_that_matches_nothing(tmp_path, capsys):
     nibabel.save(nifti(scan(1)), tmp_path / "in" / "other.nii")
     data = prepare(tmp_path / "in", "--patient_pattern", r"(p\d+)")
     assert len(rows_of(data)) == 5
-    assert "finds no patient in other.nii" in capsys.readouterr().out
+    assert "no patient found by --patient_pattern" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern", ["(p", "p"])
+def test_bad_patterns(tmp_path, capsys, pattern):
+    with pytest.raises(SystemExit):
+        prepare(tmp_path, "--patient_pattern", pattern)
+    assert "--patient_pattern" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    os.mkfifo(tmp_path / "in" / "pipe.dcm")
+    assert len(rows_of(prepare(tmp_path / "in"))) == 5
+
+
+def test_out_of_memory_in_one_series_stops_no_other(tmp_path, capsys, monkeypatch):
+    write_dicom(tmp_path / "in" / "good", ct_datasets())
+    bad_series(tmp_path / "in" / "bad")
+
+    def read_series(series, options):
+        if series.patient == "bad":
+            raise MemoryError
+        return real_read_series(series, options)
+
+    monkeypatch.setattr(prepare_data, "read_series", read_series)
+    assert len(rows_of(prepare(tmp_path / "in"))) == 5
+    assert "MemoryError" in capsys.readouterr().out
+
+
+real_read_series = prepare_data.read_series
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    data = prepare(tmp_path / "in")
+    record = next((data / "series").glob("*.json"))
+    record.write_text("[]")
+    refused(f"{record.name}: damaged", tmp_path / "in")
 
 
 @pytest.mark.parametrize("axes", ["zy", "xyzz", "abc", ""])

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "checkpoint": {"distributed"},
     "ct": {"dicom", "nifti"},
     "nifti": set(),
-    "arrays": {"ct"},
+    "arrays": {"ct", "nifti"},
     "series": {"arrays", "ct", "datasets", "dicom", "inspection", "nifti"},
     "dicom": set(),
     "lungs": set(),

@@ -19,6 +19,7 @@ from pydicom import uid
 from scans import (
     SIZE,
     SPACING,
+    ct_dataset,
     ct_datasets,
     enhanced,
     lungs,
@@ -159,6 +160,25 @@ def padded(dataset):
     dataset.PixelData = stored.tobytes()
 
 
+def padded_beyond_bits_stored(dataset):
+    signed_12_bits(dataset)
+    stored = np.frombuffer(dataset.PixelData, "<u2").reshape(SIZE, SIZE).copy()
+    y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
+    stored[x**2 + y**2 > 1.75] = 62512  # -3024 in 16 bits, 1072 in 12
+    dataset.PixelData, dataset.PixelPaddingValue = stored.tobytes(), 62512
+    dataset["PixelPaddingValue"].VR = "US"
+
+
+def padded_by_a_range(dataset):
+    padded(dataset)
+    stored = np.frombuffer(dataset.PixelData, "<i2").copy()
+    stored[stored == -2000] = np.arange((stored == -2000).sum()) % 50 + 3000
+    dataset.PixelData = stored.tobytes()
+    dataset.PixelPaddingValue, dataset.PixelPaddingRangeLimit = 3049, 3000
+    for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        dataset[name].VR = "SS"
+
+
 def padded_and_said(dataset):
     padded(dataset)
     stored = np.frombuffer(dataset.PixelData, "<i2").copy()
@@ -199,6 +219,7 @@ def big_endian(dataset):
     "change",
     [
         *(prone, rows_along_the_back, signed, signed_12_bits, steep, padded, padded_and_said),
+        *(padded_beyond_bits_stored, padded_by_a_range),
         *(overlay_bits, monochrome1, run_lengths, deflated, implicit),
     ],
 )
@@ -356,17 +377,26 @@ def test_masks_beside_the_scans(tmp_path):
         np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], truth)
 
 
-def test_one_mask_for_a_folder_of_dicom(tmp_path):
+@pytest.mark.parametrize("shift", [(0, 0, 0), (12, 0, 0), (0, -12, 0), (0, 0, 12)])
+def test_one_mask_for_a_folder_of_dicom(tmp_path, capsys, shift):
     datasets = ct_datasets()
     for dataset in datasets:
-        prone(dataset)
+        prone(dataset)  # its rows begin at the patient's left and back
     write_dicom(tmp_path / "in", datasets)
     half = lungs().copy()
     half[:, : SIZE // 2] = False
     mask = nifti(half.astype(np.uint8))
-    mask.affine[2, 3] = 300 - 4 * 40.0
+    left, back = (180 + SPACING * (SIZE - 1) for _ in range(2))  # mm to the right and the front
+    mask.affine[:3, 3] = np.array([left, back, 300 - 4 * 40.0]) + shift
     nibabel.save(nibabel.Nifti1Image(mask.dataobj, mask.affine), tmp_path / "in" / "x_seg.nii.gz")
-    data = prepare(tmp_path / "in", "--mask_suffix", "_seg", "--min_lung_area", 0.01)
+    arguments = (tmp_path / "in", "--mask_suffix", "_seg", "--min_lung_area", 0.01)
+    if any(shift):
+        with pytest.raises(ValueError, match="no slice is usable"):
+            prepare(*arguments)
+        assert "expected the same place" in capsys.readouterr().out
+        return
+    data = prepare(*arguments)
+    assert rows_of(data)
     for row in rows_of(data):
         number = int(row["image"][-8:-4])
         np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], half[number])
@@ -414,6 +444,62 @@ def test_slices_with_little_lung_are_left_out(tmp_path, capsys):
     assert f"2  less lung than {limit:g}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["dicom", "turned dicom", "nifti"])
+def test_pixels_that_are_not_square_and_slices_that_are_not(tmp_path, form):
+    """Every second row alone, cut at the sides: rows are 2 * SPACING apart; so is the mask."""
+    (tmp_path / "in").mkdir()
+    flat, mask = scan()[:, ::2, 4:-4], np.roll(lungs(), 3, axis=2)[:, ::2, 4:-4]
+    if form == "nifti":
+        spacing = (2 * SPACING, SPACING)
+        nibabel.save(nifti(flat, "RAS", spacing), tmp_path / "in" / "a.nii")
+        nibabel.save(nifti(mask.astype(np.uint8), "LPS", spacing), tmp_path / "in" / "a_m.nii")
+    else:
+        datasets = []
+        for i, hu in enumerate(flat):
+            changes = {"PixelSpacing": [2 * SPACING, SPACING]}
+            if form == "turned dicom":
+                hu = hu.T
+                changes = {"PixelSpacing": [SPACING, 2 * SPACING]}
+                changes["ImageOrientationPatient"] = [0, 1, 0, 1, 0, 0]
+            datasets.append(ct_dataset(np.ascontiguousarray(hu), -40 * i, **changes))
+        for path, part in zip(write_dicom(tmp_path / "in", datasets), mask, strict=True):
+            part = part.T if form == "turned dicom" else part
+            Image.fromarray(part.astype(np.uint8) * 255).save(f"{path}_m.png")
+    data = prepare(tmp_path / "in", "--mask_suffix", "_m", "--min_lung_area", 0)
+    assert {float(row["pixel_spacing"]) for row in rows_of(data)} == {SPACING}
+    found = volume_of(data)
+    assert (found[:, :, :4] == -1000).all() and (found[:, :, -4:] == -1000).all()
+    inner = found[:, 2:-2, 4:-4]
+    expected = (scan()[:, ::2].repeat(2, axis=1))[:, 2:-2, 4:-4]
+    assert np.abs(inner - expected).mean() < 60  # rows between are interpolated
+    assert np.abs(inner[:, ::-1] - expected).mean() > 100
+    for row, truth in zip(rows_of(data), np.roll(lungs(), 3, axis=2), strict=True):
+        contour = ct.read_contour(data / row["contour"])[0]
+        assert 2 * (contour & truth).sum() / (contour.sum() + truth.sum()) > 0.87
+
+
+def test_a_table_brings_positions_and_spacing(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    png_16_bit(folder)
+    lines = [f"slice_{8 + i}.png,p,{0.9 - i / 10},{SPACING}" for i in range(5)]
+    (folder / "label.csv").write_text(
+        "\n".join(["image,patient_id,position,pixel_spacing", *lines])
+    )
+    data = prepare(folder, "--spacing", SPACING)
+    assert [float(row["position"]) for row in rows_of(data)] == [0.9, 0.8, 0.7, 0.6, 0.5]
+    hu = np.stack([ct.read_hu(data / r["image"], ct.read_rescale(data)) for r in rows_of(data)])
+    np.testing.assert_allclose(hu, scan(), atol=1)
+
+
+def test_metal_stays_bright(tmp_path):
+    (tmp_path / "in").mkdir()
+    volume = scan().astype(np.float32)
+    volume[:, 30:32, 30:32] = 60000
+    nibabel.save(nifti(volume), tmp_path / "in" / "a.nii")
+    assert (volume_of(prepare(tmp_path / "in"))[:, 30:32, 30:32] > 30000).all()
+
+
 # Patients.
 
 
@@ -449,6 +535,58 @@ def test_a_patients_series_stay_one_patient(tmp_path):
     data = prepare(tmp_path / "in")
     assert len(rows_of(data)) == 10
     assert len({row["patient_id"] for row in rows_of(data)}) == 1
+
+
+def test_volumes_of_one_name_are_patients_by_their_folders(tmp_path):
+    for i in range(3):
+        (tmp_path / "in" / f"pat{i}").mkdir(parents=True)
+        nibabel.save(nifti(scan(i)), tmp_path / "in" / f"pat{i}" / "ct.nii.gz")
+    (tmp_path / "labels.csv").write_text("patient_id,label\npat0,a\npat1,b\npat2,c\n")
+    data = prepare(tmp_path / "in", "--labels", tmp_path / "labels.csv")
+    assert len({row["patient_id"] for row in rows_of(data)}) == 3
+    assert {row["label"] for row in rows_of(data)} == {"a", "b", "c"}
+
+
+def test_the_same_slices_are_not_taken_twice_under_two_names(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        npy_slices(tmp_path / "in" / name)
+        nibabel.save(nifti(scan(1)), tmp_path / "in" / name / f"{name}.nii")
+    data = prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 10
+    assert "6  a copy" in capsys.readouterr().out
+
+
+def test_single_slices_in_nifti_are_one_patient_by_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        nibabel.save(nifti(scan()[i : i + 1]), tmp_path / "in" / f"{i}.nii")
+    data = prepare(tmp_path / "in")
+    assert len({row["patient_id"] for row in rows_of(data)}) == 1
+    assert len(rows_of(data)) == 5
+
+
+def test_other_programs_dataset_json_is_no_scale(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "dataset.json").write_text('{"labels": {"lung": 1}}')
+    nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii")
+    npy(tmp_path / "in")
+    assert len(rows_of(prepare(tmp_path / "in"))) == 10
+
+
+def test_an_earlier_output_is_no_input(tmp_path, capsys):
+    write_dicom(tmp_path / "in" / "a", ct_datasets())
+    prepare(tmp_path / "in", "--output_dir", tmp_path / "in" / "data")
+    second = prepare(tmp_path / "in", "--output_dir", tmp_path / "second")
+    assert len(rows_of(second)) == 5
+    assert "an output of prepare_data.py" in capsys.readouterr().out
+
+
+def test_synthetic_slices_are_no_patient(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    ct.write_slice(tmp_path / "in" / "s.dcm", ct.hu_to_unit(scan()[2]), (-1000, 400), "dicom")
+    with pytest.raises(ValueError, match="no CT found"):
+        prepare(tmp_path / "in")
 
 
 def test_a_pattern_finds_the_patient_in_paths(tmp_path):
@@ -497,6 +635,112 @@ def test_a_series_that_changed_is_made_anew(tmp_path):
     prepare(tmp_path / "in")
     assert len(rows_of(data)) == 4
     assert len(list((data / "images").iterdir())) == 4
+
+
+def test_a_corrected_file_takes_the_place_of_the_old_one(tmp_path):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan(1)), tmp_path / "in" / "a.nii")
+    data = prepare(tmp_path / "in")
+    nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii")
+    prepare(tmp_path / "in")
+    assert_is_the_scan(data)
+    assert len(list((data / "images").iterdir())) == 5
+
+
+def test_a_folder_that_lost_its_first_slice_is_not_taken_twice(tmp_path, capsys):
+    (tmp_path / "in" / "p").mkdir(parents=True)
+    npy_slices(tmp_path / "in" / "p")
+    data = prepare(tmp_path / "in")
+    (tmp_path / "in" / "p" / "0.npy").unlink()
+    prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 4
+    assert "1 of the files that an earlier run found are not in the inputs" in (
+        capsys.readouterr().out
+    )
+    prepare(tmp_path / "in" / "p")  # by another way
+    assert len(rows_of(data)) == 4
+
+
+def test_one_series_uid_of_two_patients_in_two_runs_loses_nobody(tmp_path):
+    write_dicom(tmp_path / "one", ct_datasets())
+    write_dicom(tmp_path / "two", ct_datasets(1, PatientID="other"))
+    data = prepare(tmp_path / "one")
+    prepare(tmp_path / "two", "--output_dir", data)
+    assert len(rows_of(data)) == 10
+    assert len({row["patient_id"] for row in rows_of(data)}) == 2
+
+
+def test_a_pattern_that_changes_renames_and_does_not_double(tmp_path):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan()), tmp_path / "in" / "p1_base.nii")
+    data = prepare(tmp_path / "in")
+    first = {row["patient_id"] for row in rows_of(data)}
+    prepare(tmp_path / "in", "--patient_pattern", r"(p\d+)_")
+    assert len(rows_of(data)) == 5
+    assert first.isdisjoint(row["patient_id"] for row in rows_of(data))
+
+
+@pytest.mark.parametrize("form", ["dicom", "nifti"])
+def test_a_changed_mask_is_seen(tmp_path, form):
+    if form == "dicom":
+        write_dicom(tmp_path / "in", ct_datasets())
+        mask = tmp_path / "in" / "IM000_m.png"
+    else:
+        (tmp_path / "in").mkdir()
+        nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii")
+        mask = tmp_path / "in" / "a_m.nii"
+
+    def write(lung):
+        if form == "dicom":
+            Image.fromarray(lung[0].astype(np.uint8)).save(mask)
+        else:
+            nibabel.save(nifti(lung.astype(np.uint8)), mask)
+
+    write(lungs())
+    data = prepare(tmp_path / "in", "--mask_suffix", "_m", "--min_lung_area", 0)
+    write(np.roll(lungs(), 5, axis=1))
+    prepare(tmp_path / "in", "--mask_suffix", "_m", "--min_lung_area", 0)
+    contour = ct.read_contour(data / rows_of(data)[0]["contour"])[0]
+    np.testing.assert_array_equal(contour, np.roll(lungs()[0], 5, axis=0))
+
+
+def test_a_deleted_image_is_made_again(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    data = prepare(tmp_path / "in")
+    before = outputs(data)
+    next((data / "images").iterdir()).unlink()
+    prepare(tmp_path / "in")
+    assert outputs(data) == before
+
+
+def test_the_report_keeps_what_is_not_looked_at_again(tmp_path):
+    write_dicom(tmp_path / "in" / "a", ct_datasets())
+    prepare(tmp_path / "in", "--min_lung_area", 0.12)
+    report = tmp_path / "data.left_out.csv"
+    before = report.read_text()
+    assert before.count("less lung than") > 0
+    prepare(tmp_path / "in", "--min_lung_area", 0.12)
+    assert report.read_text() == before
+    assert stat.S_IMODE(report.stat().st_mode) == 0o600
+
+
+def test_an_edited_table_is_kept_beside_the_new_one(tmp_path, capsys):
+    write_dicom(tmp_path / "in", ct_datasets())
+    data = prepare(tmp_path / "in")
+    (data / "label.csv").write_text("image;contour\n")
+    prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 5
+    assert (data / "label.edited.csv").read_text() == "image;contour\n"
+    assert "was edited" in capsys.readouterr().out
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    with (
+        prepare_data.only_run(tmp_path / "data"),
+        pytest.raises(ValueError, match="another run is writing"),
+    ):
+        prepare(tmp_path / "in")
 
 
 def test_labels_are_kept_and_can_be_changed(tmp_path):
