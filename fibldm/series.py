@@ -134,7 +134,7 @@ def find_series(
             masks[path.parent, stem(path)[: -len(suffix)]] = path
         elif kind:
             kinds[kind].append((path, top))
-        else:
+        elif path.name != "dataset.json":
             others[path.suffix].append(path)
 
     series += _dicom_series(kinds.pop("dicom", []), masks, options, read_headers, left_out)

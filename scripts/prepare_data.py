@@ -633,8 +633,8 @@ def prepare_new(
         gone = set(record["contents"]) - set(contents) if record else set()
         if gone:
             notes.append(
-                f"{one.name}: {len(gone)} of the files that an earlier run found are not in the "
-                "inputs; their slices are removed"
+                f"{one.name}: {len(gone)} of the files that an earlier run found are gone or "
+                "changed; what was made of them is replaced"
             )
         files = [output / row[c] for row in (record or {"rows": []})["rows"] for c in COLUMNS[:2]]
         if record and record["fingerprint"] == fingerprint and all(p.is_file() for p in files):
