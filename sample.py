@@ -4,7 +4,7 @@ import argparse
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fibldm.checkpoint import file_hash, load, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import SPLITS, LatentDataset, chunks
 from fibldm.panels import write_samples
+from fibldm.privacy import Privacy, Rows
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import CosineScheduler
 from fibldm.training import (
@@ -35,6 +36,8 @@ from fibldm.vae import LATENT_SCALE, VAE
 from fibldm.validation import dice
 
 GRID = 32  # samples in grid.png
+ATTEMPTS = 10  # draws of a sample with --drop_copies, the first included
+NEXT_SEED = 1_000_003  # from one attempt to the next: far from the seeds that people give
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
 
 
@@ -89,6 +92,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="mm, in NIfTI and DICOM (default: the training data's where known, else 1)",
     )  # fmt: skip
     output.add_argument("--overwrite", action="store_true", help="replace samples that are there")
+    output.add_argument(
+        "--drop_copies", metavar="LATENT_DATA_DIR",
+        help="draw a sample again, with another seed, where it is nearer to a training slice of "
+        "this latent data set than held-out slices are; not written where it still is after "
+        f"{ATTEMPTS} attempts",
+    )  # fmt: skip
     add_machine_options(parser, workers=False)
     return parser.parse_args(argv)
 
@@ -168,8 +177,56 @@ def identity(args: argparse.Namespace, request: Request) -> str:
     options = ("sampler", "steps", "spacing", "guidance_scale", "guidance_interval")
     facts = [file_hash(file) for file in files if file is not None]
     facts += [getattr(args, name) for name in (*options, "guidance_rescale", "seed")]
+    if args.drop_copies is not None:
+        facts.append(LatentDataset(args.drop_copies).meta["latents_sha256"])
     contours = b"" if request.contours is None else request.contours.tobytes()
     return hashlib.sha256(repr([facts, request.labels]).encode() + contours).hexdigest()
+
+
+def read_training(args: argparse.Namespace) -> Privacy | None:
+    """The latents of --drop_copies, with thresholds that its held-out latents set."""
+    if args.drop_copies is None:
+        return None
+    data = LatentDataset(args.drop_copies)
+    data.lineage(args.vae_checkpoint)
+    train, held = data.indices("train"), data.indices("val", "test")
+    patients = [row.patient_id for row in data.rows]
+    privacy = Privacy(None, [patients[row] for row in train], Rows(data.latents, train))
+    privacy.calibrate(None, Rows(data.latents, held), [patients[row] for row in held])
+    if privacy.caution() and distributed.is_main():
+        print(f"WARNING: --drop_copies {args.drop_copies}: {privacy.caution()}")
+    return privacy
+
+
+def seed_of(seed: int, attempt: int) -> int:
+    """The seed of an attempt at a sample; given as --seed, it draws this sample first."""
+    return seed + attempt * NEXT_SEED
+
+
+def draw_no_copies(
+    items: Sequence[int],
+    seed: int,
+    draw: Callable[[Sequence[int], int], np.ndarray],
+    find_copied: Callable[[np.ndarray], list[str | None]],
+) -> tuple[dict[int, tuple[np.ndarray, int]], list[tuple[int, str]]]:
+    """Draw samples until they are no copies: {number: (image (H, W), attempt)}, and the copies.
+
+    draw(items, seed) gives images (N, H, W), find_copied(images) for each the training patient whom
+    it copies, or None. A copy is (number, patient), once for each attempt that was one; what still
+    is after ATTEMPTS is in no dictionary.
+    """
+    kept, copies, left = {}, [], list(items)
+    for attempt in range(ATTEMPTS):
+        images = draw(left, seed_of(seed, attempt))
+        for i, image, patient in zip(left, images, find_copied(images), strict=True):
+            if patient is None:
+                kept[i] = image, attempt
+            else:
+                copies.append((i, patient))
+        left = [i for i in left if i not in kept]
+        if not left:
+            break
+    return kept, copies
 
 
 def load_models(args: argparse.Namespace) -> tuple[VAE, UNet, ControlNet | None, dict, dict]:
@@ -215,6 +272,7 @@ def main(args: argparse.Namespace) -> None:
     classes, window = unet_content["classes"], tuple(vae_content["window"])
     size = vae.config["image_size"]
     request = read_requests(args, unet, unet_content, size)
+    privacy = read_training(args)
     run = identity(args, request)
     known_spacing = args.pixel_spacing or unet_content.get("pixel_spacing")
     spacing = known_spacing or 1.0
@@ -226,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
     sources = [i % len(request.names) for i in range(count)]  # the contour of each sample
     plain = args.unconditional and args.label is None  # then there is nothing to guide towards
 
-    def draw(items: Sequence[int]) -> np.ndarray:
+    def draw(items: Sequence[int], seed: int) -> np.ndarray:
         """Samples (N, H, W) in [-1, 1]; sample i depends on the seed and i alone."""
         labels = [request.labels[sources[i]] for i in items]
         numbers = [classes.index(name) if name else NO_LABEL for name in labels]
@@ -240,11 +298,22 @@ def main(args: argparse.Namespace) -> None:
                 args.guidance_rescale,
             )  # fmt: skip
             z = SAMPLERS[args.sampler](
-                denoiser, scheduler, item_noise(args.seed, "sample", 0, items, shape).to(device),
+                denoiser, scheduler, item_noise(seed, "sample", 0, items, shape).to(device),
                 timesteps,
-                lambda k: item_noise(args.seed, "ddpm", k, items, shape).to(device),
+                lambda k: item_noise(seed, "ddpm", k, items, shape).to(device),
             )  # fmt: skip
         return vae.decode(z.float() / LATENT_SCALE).clamp(-1, 1)[:, 0].cpu().numpy()
+
+    def find_copied(images: np.ndarray) -> list[str | None]:
+        """The training patient whom each sample (N, H, W) copies, or None.
+
+        The image is encoded again, as the training slices were: it is what will be given away.
+        """
+        if privacy is None:
+            return [None] * len(images)
+        latents = vae.encode(torch.from_numpy(images)[:, None].to(device)).mean * LATENT_SCALE
+        matches = privacy.nearest(None, latents.cpu().numpy())
+        return [str(privacy.patients[m.row]) if m.flagged else None for m in matches]
 
     # Sample: each rank its part, of which the first go into the grid.
     if distributed.is_main():
@@ -252,45 +321,79 @@ def main(args: argparse.Namespace) -> None:
         remove_samples(output)
     distributed.barrier()
     files = [f"sample_{i:05d}{ct.SUFFIXES[args.format]}" for i in range(count)]
-    mine, shown, agreement = distributed.share(count), [], []
+    mine, shown, agreement, copies = distributed.share(count), [], [], []
+    attempts: dict[int, int] = {}
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(mine), desc="sampling", disable=quiet, unit="slice") as bar:
         for items in chunks(mine, args.batch_size):
-            images = draw(items)
-            for i, image in zip(items, images, strict=True):
+            kept, copied = draw_no_copies(items, args.seed, draw, find_copied)
+            copies += copied
+            for i, (image, attempt) in sorted(kept.items()):
                 # No file name of a contour: it may be a patient's, and samples are given away.
-                label = request.labels[sources[i]] or "none"
-                comment = f"Sample {i} of seed {args.seed}, class {label}, run {run[:12]}."
+                label, seed = request.labels[sources[i]] or "none", seed_of(args.seed, attempt)
+                comment = f"Sample {i} of seed {seed}, class {label}, run {run[:12]}."
                 path = output / files[i]
                 ct.write_slice(path, image, window, args.format, spacing, run, i, comment)
-            shown += [image for i, image in zip(items, images, strict=True) if i < GRID]
-            if request.contours is not None:
-                contours = request.contours[[sources[i] for i in items]]
-                agreement += dice(images, contours, window).tolist()
+                attempts[i] = attempt
+                if len(shown) < GRID:
+                    shown.append((i, image))
+                if request.contours is not None:
+                    contour = request.contours[[sources[i]]]
+                    agreement += dice(image[None], contour, window).tolist()
             bar.update(len(items))
-    shown = [image for part in distributed.gather(shown) for image in part]
+    shown = [pair for part in distributed.gather(shown) for pair in part][:GRID]
     agreement = [value for part in distributed.gather(agreement) for value in part]
+    copies = [pair for part in distributed.gather(copies) for pair in part]
+    attempts = {i: number for part in distributed.gather(attempts) for i, number in part.items()}
     if not distributed.is_main():
         return
+    if not attempts:
+        raise ValueError(
+            f"--drop_copies {args.drop_copies}: none of {count} samples is written: in {ATTEMPTS} "
+            "attempts each was a copy of a training slice; the model has memorized them: train on "
+            "more patients, for fewer steps, or a smaller model"
+        )
 
     # The table, the grid, and how well the lungs follow the contours.
     checkpoints = [args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint or ""]
-    header = ["file", "contour", "label", "seed", "vae", "unet", "controlnet"]
-    rows = [
-        [name, request.names[s], request.labels[s], args.seed, *checkpoints]
-        for name, s in zip(files, sources, strict=True)
-    ]
+    header = ["file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet"]
+    rows = []
+    for i, attempt in sorted(attempts.items()):
+        name, label = request.names[sources[i]], request.labels[sources[i]]
+        seed = seed_of(args.seed, attempt)
+        rows.append([files[i], name, label, seed, attempt, *checkpoints])
     if args.format == "png":
         ct.write_facts(output, ct.png_facts(window, known_spacing))
     write_table(output / "samples.csv", [header, *rows])
-    contours = None if request.contours is None else request.contours[sources[: len(shown)]]
-    write_samples(output / "grid.png", np.stack(shown), contours)
-    print(f"{output}: {count} samples ({args.format}), samples.csv, grid.png")
+    at = [sources[i] for i, _ in shown]
+    contours = None if request.contours is None else request.contours[at]
+    write_samples(output / "grid.png", np.stack([image for _, image in shown]), contours)
+    print(f"{output}: {len(rows)} samples ({args.format}), samples.csv, grid.png")
+    if privacy is not None:
+        report_copies(copies, [files[i] for i in range(count) if i not in attempts])
     if known_spacing is None and args.format in ("nifti", "dicom"):
         print("pixels are written as 1 mm, an assumption: the data's are unknown (--pixel_spacing)")
     if agreement:
         mean = np.mean(agreement)
-        print(f"mean Dice of contours and lungs segmented from {count} samples: {mean:.3f}")
+        print(f"mean Dice of contours and lungs segmented from {len(rows)} samples: {mean:.3f}")
+
+
+def report_copies(copies: list[tuple[int, str]], left_out: list[str]) -> None:
+    """Print how many samples were drawn again, of how many patients, and which are not written.
+
+    copies: number of the sample and training patient, one for each draw that was a copy.
+    """
+    again, patients = len({i for i, _ in copies}), len({patient for _, patient in copies})
+    print(
+        f"--drop_copies: {again} samples drawn again ({len(copies)} draws were copies, of "
+        f"{patients} training patients)"
+    )
+    if left_out:
+        names = ", ".join(left_out[:10]) + (", ..." if len(left_out) > 10 else "")
+        print(
+            f"WARNING: {len(left_out)} samples are not written, still copies after {ATTEMPTS} "
+            f"attempts: {names}"
+        )
 
 
 def remove_samples(output: Path) -> None:

@@ -452,7 +452,7 @@ def find_copies(thumbnails: np.ndarray, patients: Sequence[str]) -> list[Copy]:
     for start in range(0, len(thumbnails), BLOCK):
         part = thumbnails[start : start + BLOCK].astype(np.float32)
         part = part.reshape(-1, half, 2, half, 2).mean(axis=(2, 4))
-        coarse[start : start + BLOCK] = _detail(part).reshape(len(part), -1)
+        coarse[start : start + BLOCK] = detail(part).reshape(len(part), -1)
     pairs: dict[tuple[int, int], float] = {}
     for start in range(0, len(coarse), BLOCK):
         for other in range(start, len(coarse), BLOCK):
@@ -470,7 +470,7 @@ def find_copies(thumbnails: np.ndarray, patients: Sequence[str]) -> list[Copy]:
     return [copy for copy in found if copy.likeness > COPY]
 
 
-def _detail(images: np.ndarray) -> np.ndarray:
+def detail(images: np.ndarray) -> np.ndarray:
     """Images (N, S, S) without what is coarse, each of mean 0 and norm 1."""
     images = images - ndi.gaussian_filter(images, (0, DETAIL, DETAIL))
     images = images - images.mean(axis=(1, 2), keepdims=True)

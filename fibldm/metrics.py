@@ -1,10 +1,13 @@
-"""How real generated slices look, and what they hold: FID, KID, LPIPS, SSIM, PSNR, Dice and HU.
+"""How real generated slices look, and whether their lungs are those asked for.
 
+RealismMetrics measures while a model trains, Realism with intervals and floors for a report.
 Nothing here downloads: a metric whose network weights are absent is left out and named, with the
 command that fetches them (scripts/fetch_metric_weights.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,101 +16,25 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from fibldm import distributed
-
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-ALEXNET = "alexnet-owt-7be5be79.pth"
-
-# The files each metric needs in torch.hub's checkpoints folder.
-WEIGHTS: dict[str, tuple[str, ...]] = {
-    "fid": (INCEPTION,),
-    "kid": (INCEPTION,),
-    "lpips": (ALEXNET,),
-    "ssim": (),
-    "psnr": (),
-}
-
-
-def weight_file(name: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def missing_weights(names: Iterable[str] = tuple(WEIGHTS)) -> dict[str, str]:
-    """Those of the named metrics that cannot be computed here -> which file is absent, and why."""
-    missing = {}
-    for name in names:
-        if name not in WEIGHTS:
-            raise ValueError(f"no metric {name!r}; expected some of {', '.join(WEIGHTS)}")
-        absent = [str(weight_file(f)) for f in WEIGHTS[name] if not weight_file(f).is_file()]
-        if absent:
-            missing[name] = (
-                f"{name.upper()} is left out: {', '.join(absent)} is absent; "
-                "run `python scripts/fetch_metric_weights.py` once"
-            )
-    return missing
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """(N, 1, H, W) in [-1, 1] -> (N, 3, H, W) uint8, truncated as torchmetrics' normalize=True."""
-    if images.ndim != 4 or images.shape[1] != 1:
-        raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 1, H, W)")
-    if not bool(images.isfinite().all()):
-        raise ValueError("images with NaN or infinite values have no metrics")
-    unit = (images.float().clamp(-1, 1) + 1) / 2
-    return (unit * 255).byte().expand(-1, 3, -1, -1)
-
-
-def load_inception(device: torch.device) -> nn.Module | None:
-    """FID's Inception: (N, 3, H, W) uint8 -> (N, 2048); None where its weights are absent."""
-    if missing_weights(["fid"]):
-        return None
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    path = str(weight_file(INCEPTION))  # given a path, it has nothing to download
-    with torch.random.fork_rng(devices=[]):
-        inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
-    return inception.requires_grad_(False).eval().to(device)
-
-
-class PerceptualDistance(nn.Module):
-    """LPIPS (Zhang et al., arXiv 1801.03924) over AlexNet for one channel, as metric or as loss.
-
-    Frozen, in evaluation mode and float32 whatever the training around it does; gradients flow to
-    both inputs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        import warnings
-
-        import lpips
-
-        # Built with a random trunk and filled here: lpips itself would go and download it.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        trunk = torch.load(weight_file(ALEXNET), map_location="cpu", weights_only=True)
-        names = self.net.net.state_dict()  # slice1.0.weight is torchvision's features.0.weight
-        self.net.net.load_state_dict({n: trunk[f"features.{n.split('.', 1)[1]}"] for n in names})
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "PerceptualDistance":
-        return super().train(False)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair.
-
-        x, y: (N, 1, H, W) in [-1, 1], at least 32x32. Returns (N,), >= 0; 0 for equal images.
-        """
-        if min(x.shape[-2:]) < 32:
-            raise ValueError(f"LPIPS needs images of at least 32x32, found {tuple(x.shape[-2:])}")
-        with torch.autocast(x.device.type, enabled=False):
-            x, y = (image.float().expand(-1, 3, -1, -1) for image in (x, y))
-            return self.net(x, y).flatten()
-
-
-def load_lpips(device: torch.device) -> PerceptualDistance | None:
-    """The LPIPS network on a device; None where AlexNet's weights are absent (missing_weights)."""
-    return None if missing_weights(["lpips"]) else PerceptualDistance().to(device)
+from fibldm.features import (
+    ALEXNET,
+    INCEPTION,
+    Features,
+    RowFile,
+    frechet_distances,
+    frechet_feature_distance,
+    inception_features,
+    kernel_distance,
+    kernel_distances,
+    load_inception,
+    load_lpips,
+    missing_weights,
+    precisions,
+    recalls,
+    to_bytes,
+    weights_hash,
+)
+from fibldm.scores import Score, halves, interval, resamples
 
 
 def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
@@ -137,51 +64,13 @@ def reconstruction_metrics(
     return metrics
 
 
-def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), in float64.
-
-    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu (D,), cov (D, D), singular or not.
-    """
-    mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
-    values, vectors = np.linalg.eigh(cov1)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(min=0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
-
-
-def frechet_feature_distance(x: Tensor, y: Tensor) -> float:
-    """`frechet_distance` of the Gaussians fitted to features x (N, D) and y (M, D), N and M >= 2.
-
-    With centred features A, B and cov = A^T A / (N - 1), tr (cov1 cov2)^(1/2) is the sum of the
-    singular values of A B^T: N x M instead of D x D, and exact where covariances are singular.
-    """
-    x, y = x.double(), y.double()
-    distance = (x.mean(0) - y.mean(0)).square().sum()
-    factors = []
-    for features in (x, y):
-        factor = (features - features.mean(0)) / (len(features) - 1) ** 0.5
-        distance = distance + factor.square().sum()
-        if len(factor) > factor.shape[1]:
-            factor = torch.linalg.qr(factor, mode="r").R
-        factors.append(factor)
-    cross = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
-    return max(0.0, float(distance - 2 * cross))
-
-
-def kernel_distance(real: Tensor, fake: Tensor, subset_size: int, subsets: int = 100) -> float:
-    """KID (Binkowski et al., arXiv 1801.01401) of features (N, D), (M, D): mean over subsets.
-
-    Subsets are drawn by a generator of its own: the same at each call, and no other draw moves.
-    """
-    from torchmetrics.image.kid import poly_mmd
-
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for _ in range(subsets):
-        drawn = [f[torch.randperm(len(f), generator=generator)[:subset_size]] for f in (real, fake)]
-        with torch.autocast(real.device.type, enabled=False):
-            total += float(poly_mmd(*drawn))
-    return total / subsets
+def missing_on_a_rank(names: Iterable[str]) -> dict[str, str]:
+    """`missing_weights` of all ranks: a file that one lacks is missing for all, since they take
+    part in the same collectives."""
+    found: dict[str, str] = {}
+    for missing in distributed.gather(missing_weights(names)):
+        found = missing | found
+    return found
 
 
 class RealismMetrics:
@@ -196,10 +85,7 @@ class RealismMetrics:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device(device)
-        # A file that one rank lacks is missing for all: they take part in the same collectives.
-        self.missing: dict[str, str] = {}
-        for missing in distributed.gather(missing_weights(["fid", "kid", "lpips", "ssim"])):
-            self.missing = missing | self.missing
+        self.missing = missing_on_a_rank(["fid", "kid", "lpips", "ssim"])
         self.inception = None if "fid" in self.missing else load_inception(self.device)
         self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
         self.kid_subset_size = 0
@@ -237,18 +123,11 @@ class RealismMetrics:
             ssim = ssim_per_image(x, y).double().sum().item()
             self._pairs += torch.tensor([len(x), lpips, ssim], dtype=torch.float64)
 
-    @torch.no_grad()
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Inception's features of each chunk on the CPU, (n, 2048), or (n, 0) without weights."""
-        features = []
-        for chunk in images.split(32) if len(images) else ():
-            chunk = to_bytes(chunk.to(self.device))
-            if self.inception is None:
-                features.append(torch.empty(len(chunk), 0))
-            else:
-                with torch.autocast(self.device.type, enabled=False):
-                    features.append(self.inception(chunk).float().cpu())
-        return features
+        """Inception's features on the CPU, (n, 2048), or (n, 0) without weights."""
+        if self.inception is None:
+            return [torch.empty(len(to_bytes(images)), 0)]
+        return [inception_features(self.inception, images, self.device)]
 
     def _gathered(self, features: list[Tensor]) -> Tensor:
         """The features of all ranks, in the order of the ranks."""
@@ -284,42 +163,370 @@ class RealismMetrics:
         return result
 
 
+SIDES = ("real", "fake")
+DRAWS = 200  # of the bootstrap
+FEW = 100  # below so many images or pairs a number has the warning
+PAIRS = 200  # at most, for the diversity and for the floors of what is measured on pairs
+FID_IMAGES = 2048  # with fewer, the covariance of as many features is singular and FID biased up
+
+SetMetric = Callable[[Features, Features, Tensor, Tensor, torch.device], np.ndarray]
+SET_METRICS: dict[str, tuple[SetMetric, int, float, float]] = {  # images needed, lowest, highest
+    "fid": (frechet_distances, 2, 0.0, np.inf),
+    "kid": (kernel_distances, 2, -np.inf, np.inf),
+    "precision": (precisions, 4, 0.0, 1.0),
+    "recall": (recalls, 4, 0.0, 1.0),
+}
+PAIR_METRICS = ("lpips", "ssim", "diversity")
+
+
+def times_drawn(groups: Sequence[str], draws: int, seed: int) -> Tensor:
+    """(1 + draws, N): once each, then how often bootstrap resamples of the groups have each row."""
+    counts = [np.ones(len(groups))]
+    counts += [np.bincount(r, minlength=len(groups)) for r in resamples(groups, draws, seed)]
+    return torch.from_numpy(np.array(counts, np.float32))
+
+
+def fid_draws(draws: int, smaller: int) -> int:
+    """Fewer draws where both sets are large: eigenvalues cost the third power of the smaller."""
+    return min(draws, max(20, draws * 400 // min(smaller, FID_IMAGES)))
+
+
+def moved_interval(value: float, drawn: np.ndarray) -> np.ndarray:
+    """The 95 % interval of resamples, moved so that their mean is the value.
+
+    Resamples repeat images, by which FID rises and precision and recall fall: their spread says
+    how far the value may be off, their mean does not.
+    """
+    return value + np.array(interval(drawn - drawn.mean() if len(drawn) else drawn))
+
+
+def set_score(
+    name: str,
+    real: Features,
+    fake: Features,
+    patients: Sequence[str],
+    names: Sequence[str],
+    device: torch.device,
+    source: str,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Score:
+    """FID, KID, precision or recall of features (N, D) and (M, D), whose groups are given."""
+    metric, least, lowest, highest = SET_METRICS[name]
+    n, m = len(real), len(fake)
+    if min(n, m) < least:
+        text = f"{n} real images and {m} samples, at least {least} of each are needed"
+        return Score(name, *[np.nan] * 4, n, m, source, text)
+    warnings = []
+    if name == "fid" and min(n, m) < FID_IMAGES:
+        warnings.append(f"under {FID_IMAGES:,} images FID is biased up: compare at equal numbers")
+    elif name != "fid" and min(n, m) < FEW:
+        warnings.append(f"under {FEW} images")
+    if len(set(patients)) < 2:
+        draws = 0
+        warnings.append("no interval: the real images are of one patient")
+    elif name == "fid" and fid_draws(draws, min(n, m)) < draws:
+        draws = fid_draws(draws, min(n, m))
+        warnings.append(f"interval from {draws} resamples")
+    resampled = times_drawn(patients, draws, seed), times_drawn(names, draws, seed + 1)
+    value, *drawn = metric(real, fake, *resampled, device)
+    low, high = moved_interval(value, np.array(drawn)).clip(lowest, highest)
+
+    # The floor, and samples in the same numbers: all but KID depend on those.
+    def once(x: Features, y: Features) -> float:
+        return float(metric(x, y, torch.ones(1, len(x)), torch.ones(1, len(y)), device)[0])
+
+    first, second = halves(patients, seed)
+    generator = np.random.default_rng(seed)
+    second = np.sort(generator.permutation(second)[:m])
+    some = np.sort(generator.permutation(m)[: len(second)])
+    floor = np.nan
+    if min(len(first), len(second)) < least:
+        warnings.append("too few real patients for a floor")
+    else:
+        half = real[first]
+        floor = once(half, real[second])
+        text = f"floor of {len(first)} against {len(second)} images"
+        alike = f", where samples have {once(half, fake[some]):.4g}" if name != "kid" else ""
+        warnings.append(text + alike)
+    bounds = float(low), float(high)
+    return Score(name, float(value), *bounds, floor, n, m, source, "; ".join(warnings))
+
+
+def pair_score(
+    name: str,
+    values: np.ndarray,
+    names: Sequence[str],
+    unrelated: np.ndarray,
+    counts: tuple[int, int],
+    source: str,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Score:
+    """The mean of a metric over pairs (N,); its floor over pairs of unrelated real patients."""
+    warnings = [f"under {FEW} pairs"] if 0 < len(values) < FEW else []
+    if len(values) == 0:
+        wanted = "two samples" if name == "diversity" else "a sample and its real slice"
+        warnings.append(f"no pair: {wanted} would be one")
+    if len(unrelated) == 0:
+        warnings.append("too few real patients for a floor")
+    low, high = interval(resampled_means(values, names, draws, seed))
+    floor = float(unrelated.mean()) if len(unrelated) else np.nan
+    value = float(values.mean()) if len(values) else np.nan
+    return Score(name, value, low, high, floor, *counts, source, "; ".join(warnings))
+
+
+def resampled_means(
+    values: np.ndarray, groups: Sequence[str], draws: int, seed: int
+) -> list[float]:
+    """Means of bootstrap resamples of the groups; none of no values."""
+    if len(values) == 0:
+        return []
+    return [float(values[rows].mean()) for rows in resamples(groups, draws, seed)]
+
+
+class Realism:
+    """FID, KID, precision, recall, LPIPS, SSIM and diversity of samples, with what it takes to
+    believe them: intervals, the floor between two halves of the real patients, sources, warnings.
+
+    LPIPS and SSIM are of samples and the real slices whose contours they were given; diversity is
+    the LPIPS of samples and other samples. For these three the floor is that of real slices of
+    unrelated patients: a sample should be nearer than that to its own real slice, and as far as
+    that from other samples.
+
+    Features and images go to files below `folder`: 8 KB and 2 bytes a pixel for each image.
+    Under torchrun each rank adds its share, the folder is one that all see, and all ranks call the
+    constructor and `scores`. ValueError if a weight file is damaged.
+    """
+
+    def __init__(self, device: torch.device, folder: Path) -> None:
+        self.device, folder = torch.device(device), Path(folder)
+        self.missing = missing_on_a_rank([*SET_METRICS, *PAIR_METRICS])
+        self.inception = None if "fid" in self.missing else load_inception(self.device)
+        self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
+        self.sources = {"ssim": "torchmetrics, Gaussian window of sigma 1.5"}
+        if self.inception is not None:
+            source = f"Inception-v3 (torchmetrics), weights {weights_hash(INCEPTION)}"
+            self.sources |= dict.fromkeys(SET_METRICS, source)
+        if self.lpips is not None:
+            source = f"AlexNet (lpips 0.1), weights {weights_hash(ALEXNET)}"
+            self.sources |= dict.fromkeys(("lpips", "diversity"), source)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._features = {side: RowFile(folder / f"{side}_features", "<f4") for side in SIDES}
+        self._images = {side: RowFile(folder / f"{side}_images", "<f2") for side in SIDES}
+        self._groups: dict[str, list[str]] = {side: [] for side in SIDES}
+        self._pairs: dict[str, list[float]] = {"lpips": [], "ssim": []}
+        self._paired: list[str] = []  # the samples of the pairs
+
+    def add_real(self, images: Tensor, patients: Sequence[str]) -> None:
+        """Add real slices, (N, 1, H, W) in [-1, 1], and whose they are.
+
+        ValueError for NaN, another shape than before, or another number of patients than images.
+        """
+        self._add("real", images, patients)
+
+    def add_fake(
+        self, images: Tensor, names: Sequence[str], paired_real: Tensor | None = None
+    ) -> None:
+        """Add samples, (N, 1, H, W) in [-1, 1], and their names; ValueError as in `add_real`.
+
+        paired_real: of the same shape, the real slices whose contours were asked for.
+        """
+        if paired_real is not None and paired_real.shape != images.shape:
+            raise ValueError(
+                f"paired_real of shape {tuple(paired_real.shape)}, expected {tuple(images.shape)}"
+            )
+        self._add("fake", images, names)
+        if paired_real is not None:
+            self._paired += [str(name) for name in names]
+            for name, values in self._of_pairs(images, paired_real).items():
+                self._pairs[name] += values.tolist()
+
+    def _add(self, side: str, images: Tensor, groups: Sequence[str]) -> None:
+        if len(groups) != len(images):
+            raise ValueError(f"{len(images)} images, {len(groups)} names: expected one for each")
+        to_bytes(images)  # raises for images that have no metrics
+        self._images[side].append(images[:, 0].float().clamp(-1, 1))
+        if self.inception is not None:
+            self._features[side].append(inception_features(self.inception, images, self.device))
+        self._groups[side] += [str(group) for group in groups]
+
+    @torch.no_grad()
+    def _of_pairs(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        """SSIM and, where its weights are, LPIPS of pairs of images (N, 1, H, W): (N,) each."""
+        found: dict[str, list[float]] = {"ssim": [], "lpips": []}
+        for pair in zip(x.split(32), y.split(32), strict=True) if len(x) else ():
+            a, b = (image.to(self.device, torch.float32) for image in pair)
+            found["ssim"] += ssim_per_image(a, b).tolist()
+            if self.lpips is not None:
+                found["lpips"] += self.lpips(a, b).tolist()
+        return {name: np.array(values) for name, values in found.items()}
+
+    @torch.no_grad()
+    def scores(self, draws: int = DRAWS, seed: int = 0) -> list[Score]:
+        """A row for each metric whose weights are there, of all ranks' images.
+
+        With too few images for a number it is NaN, and the warning says how many it takes.
+        """
+        gathered = distributed.gather((self._groups, self._pairs, self._paired))
+        groups = {side: list(chain(*(g[side] for g, _, _ in gathered))) for side in SIDES}
+        pairs = {k: np.array(list(chain(*(p[k] for _, p, _ in gathered)))) for k in self._pairs}
+        paired = list(chain(*(names for _, _, names in gathered)))
+        features = {side: self._features[side].gathered() for side in SIDES}
+        images = {side: self._images[side].gathered() for side in SIDES}
+        found: list[Score] = []
+        if distributed.is_main():
+            if self.inception is not None:
+                for name in SET_METRICS:
+                    found.append(
+                        set_score(
+                            name,
+                            *(features[side] for side in SIDES),
+                            *(groups[side] for side in SIDES),
+                            self.device,
+                            self.sources[name],
+                            draws,
+                            seed,
+                        )
+                    )
+            order = np.random.default_rng(seed).permutation(len(images["fake"]))
+            diverse = self._distant(images["fake"], order[0::2], order[1::2])["lpips"]
+            apart = self._distant(images["real"], *halves(groups["real"], seed), seed)
+            measured = {
+                "lpips": (pairs["lpips"], paired, apart["lpips"]),
+                "ssim": (pairs["ssim"], paired, apart["ssim"]),
+                "diversity": (diverse, [str(i) for i in range(len(diverse))], apart["lpips"]),
+            }
+            for name, (values, names, unrelated) in measured.items():
+                if name not in self.missing:
+                    count = len(values)
+                    counts = (
+                        (2 * len(unrelated), 2 * count) if name == "diversity" else (count,) * 2
+                    )
+                    found.append(
+                        pair_score(
+                            name, values, names, unrelated, counts, self.sources[name], draws, seed
+                        )
+                    )
+        return distributed.gather(found)[0]
+
+    def _distant(
+        self, images: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """`_of_pairs` of images (N, H, W) in these rows, shuffled: at most PAIRS pairs."""
+        generator = np.random.default_rng(seed)
+        count = min(len(first), len(second), PAIRS)
+        rows = [generator.permutation(half)[:count] for half in (first, second)]
+        pair = [torch.from_numpy(images[r].astype(np.float32))[:, None] for r in rows]
+        return self._of_pairs(*pair)
+
+
+def filled(mask: np.ndarray, contour: np.ndarray) -> list[np.ndarray]:
+    """Both as booleans (N, H, W) with holes filled; ValueError if their shapes differ."""
+    pair = [np.asarray(masks) > 0 for masks in (mask, contour)]
+    if pair[0].shape != pair[1].shape or pair[0].ndim != 3:
+        raise ValueError(
+            f"mask {pair[0].shape} and contour {pair[1].shape}: expected the same (N, H, W)"
+        )
+    for masks in pair:
+        for i, image in enumerate(masks):
+            masks[i] = ndimage.binary_fill_holes(image)
+    return pair
+
+
 def contour_dice(mask: np.ndarray, contour: np.ndarray) -> np.ndarray:
     """Dice overlap of lung masks with the contours that were asked for, holes of both filled.
 
     mask, contour: (N, H, W), boolean or 0 and 1; a contour is a filled mask or a closed outline.
     Returns (N,) in [0, 1]; 1 where both are empty.
     """
-    mask, contour = np.asarray(mask) > 0, np.asarray(contour) > 0
-    if mask.shape != contour.shape or mask.ndim != 3:
-        raise ValueError(
-            f"mask {mask.shape} and contour {contour.shape}: expected the same (N, H, W)"
-        )
+    mask, contour = filled(mask, contour)
     scores = np.ones(len(mask))
-    for i, pair in enumerate(zip(mask, contour, strict=True)):
-        a, b = (ndimage.binary_fill_holes(image) for image in pair)
+    for i, (a, b) in enumerate(zip(mask, contour, strict=True)):
         if a.any() or b.any():
             scores[i] = 2 * (a & b).sum() / (a.sum() + b.sum())
     return scores
 
 
-def hu_statistics(hu: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Density inside a lung mask: mean, sd (HU), high and low attenuation (shares), n (pixels).
+def hausdorff95(mask: np.ndarray, contour: np.ndarray) -> np.ndarray:
+    """95th percentile of the distances between the borders of two filled masks, in pixels.
 
-    High attenuation, -600 to -250 HU, rises with fibrosis (Lederer et al. 2009); low attenuation,
-    below -950 HU, with emphysema. hu, mask: of the same shape. ValueError if the mask is empty.
+    From each border pixel of one to the nearest of the other; the larger of the percentiles in the
+    two directions. mask, contour: as for `contour_dice`. Returns (N,); 0 where both are
+    empty, NaN where one is.
     """
-    hu, mask = np.asarray(hu, dtype=np.float64), np.asarray(mask) > 0
-    if hu.shape != mask.shape or not mask.any():
-        raise ValueError(
-            f"hu {hu.shape} and mask {mask.shape} with {mask.sum()} pixels: expected "
-            "the same shape and a mask that is not empty"
-        )
-    inside = hu[mask]
-    return {
-        "mean": float(inside.mean()),
-        "sd": float(inside.std()),
-        "high_attenuation": float(((inside >= -600) & (inside <= -250)).mean()),
-        "low_attenuation": float((inside < -950).mean()),
-        "n": float(inside.size),
+    mask, contour = filled(mask, contour)
+    distances = np.zeros(len(mask))
+    for i, pair in enumerate(zip(mask, contour, strict=True)):
+        if not all(image.any() for image in pair):
+            distances[i] = np.nan if any(image.any() for image in pair) else 0
+            continue
+        a, b = (image & ~ndimage.binary_erosion(image) for image in pair)
+        directed = [
+            np.percentile(ndimage.distance_transform_edt(~other)[border], 95)
+            for border, other in ((a, b), (b, a))
+        ]
+        distances[i] = max(directed)
+    return distances
+
+
+@dataclass(frozen=True)
+class Following:
+    """How well lungs follow contours, slice by slice: Dice and hausdorff95 in pixels, (N,) each;
+    mm a pixel (N,), NaN where unknown; whose slice it is, a patient or a sample's name."""
+
+    dice: np.ndarray
+    hd95: np.ndarray
+    spacing: np.ndarray
+    owners: Sequence[str]
+
+    def __post_init__(self) -> None:
+        counts = [len(part) for part in (self.dice, self.hd95, self.spacing, self.owners)]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{counts[0]} Dice, {counts[1]} distances, {counts[2]} spacings, {counts[3]} "
+                "owners, expected equal numbers"
+            )
+
+
+def control_scores(
+    samples: Following, real: Following, draws: int = DRAWS, seed: int = 0
+) -> list[Score]:
+    """Do samples have the lungs asked for? Mean Dice and 95th-percentile Hausdorff distance.
+
+    real: the same segmenter's on real slices with their own contours, whose mean is the floor: it
+    errs on them too. hd95_mm is there if a sample's spacing is known.
+    """
+    scores = []
+    spacing, patients, pixels = samples.spacing, real.owners, (samples.hd95, real.hd95)
+    measured = {
+        "dice": (samples.dice, real.dice),
+        "hd95_px": pixels,
+        "hd95_mm": (samples.hd95 * spacing, real.hd95 * real.spacing),
     }
+    for name, (own, of_real) in measured.items():
+        if name == "hd95_mm" and not np.isfinite(spacing).any():
+            continue
+        kept, kept_real = np.isfinite(own), np.isfinite(of_real)
+        warnings = [f"under {FEW} samples"] if kept.sum() < FEW else []
+        for what, distance in zip(("samples", "real slices"), pixels, strict=True):
+            empty = int(np.isnan(distance).sum())
+            if name != "dice" and empty:
+                warnings.append(f"{empty} {what} without lungs or without contour left out")
+        if name == "hd95_mm" and not np.isfinite(spacing).all():
+            warnings.append(f"{np.isnan(spacing).sum()} samples of unknown spacing left out")
+        source = "filled masks" if name == "dice" else "borders of filled masks"
+        floor = np.nan
+        if kept_real.any():
+            owners = np.asarray(patients, str)[kept_real]
+            floor = float(of_real[kept_real].mean())
+            low, high = interval(resampled_means(of_real[kept_real], owners, draws, seed))
+            source += f"; floor {low:.3g} to {high:.3g} over {len(set(owners))} patients"
+        else:
+            warnings.append("no real slices for a floor")
+        value = float(own[kept].mean()) if kept.any() else np.nan
+        groups = np.asarray(samples.owners, str)[kept]
+        bounds = interval(resampled_means(own[kept], groups, draws, seed))
+        numbers = int(kept_real.sum()), int(kept.sum())
+        scores.append(Score(name, value, *bounds, floor, *numbers, source, "; ".join(warnings)))
+    return scores

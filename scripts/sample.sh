@@ -17,6 +17,8 @@ STEPS=20                      # evaluations of the denoiser
 GUIDANCE_SCALE=1.5            # 1: none; higher: closer to contour and label, less varied
 FORMAT=png                    # png (16-bit), npy, nifti, dicom: all hold HU
 SEED=0                        # sample i depends on the seed and i alone
+DROP_COPIES=                  # latent data set (as LATENT_DATA_DIR): copies of its training slices
+                              # are drawn again; empty: not looked for
 
 # Contours of your own (--contours FILE_OR_FOLDER) or none (--unconditional) take their place.
 CONTOURS=(--latent_data_dir "$LATENT_DATA_DIR" --split "$SPLIT")   # what is asked for
@@ -30,4 +32,5 @@ launch sample.py \
     ${CONTOURS[@]+"${CONTOURS[@]}"} --output_dir "$OUTPUT_DIR" \
     --num_samples "$NUM_SAMPLES" --sampler "$SAMPLER" --steps "$STEPS" \
     --guidance_scale "$GUIDANCE_SCALE" --format "$FORMAT" --seed "$SEED" \
+    ${DROP_COPIES:+--drop_copies "$DROP_COPIES"} \
     "$@"

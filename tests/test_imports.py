@@ -30,7 +30,21 @@ MAY_IMPORT = {
     "dicom": set(),
     "lungs": set(),
     "inspection": {"ct", "lungs"},
-    "metrics": {"distributed"},
+    "metrics": {"distributed", "features", "scores"},
+    "features": {"distributed"},
+    "scores": set(),
+    "privacy": {"ct", "inspection", "panels", "scores"},
+    "disease": {"ct", "scores"},
+    "plots": set(),
+    "report": {"ct", "scores"},
+    "samples": {"checkpoint", "ct", "datasets"},
+    "evaluation": {
+        *("ct", "datasets", "disease", "lungs", "metrics", "privacy", "samples", "vae"),
+    },
+    "chapters": {
+        *("ct", "disease", "evaluation", "metrics", "panels", "plots", "privacy", "report"),
+        "scores",
+    },
     "training": {"distributed", "checkpoint"},
 }
 

@@ -1,5 +1,6 @@
 """The metrics against other libraries and closed forms, with and without network weights."""
 
+import hashlib
 import importlib.util
 import io
 import os
@@ -7,6 +8,7 @@ import pickle
 import socket
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,15 +18,16 @@ import torch
 from scipy import linalg, ndimage
 from torch import Tensor, nn
 
-from fibldm import metrics
-from fibldm.metrics import RealismMetrics
+from fibldm import features, metrics
+from fibldm.metrics import Realism, RealismMetrics
+from fibldm.scores import Score, halves
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    missing = metrics.missing_weights(names)
+    missing = features.missing_weights(names)
     return pytest.mark.skipif(bool(missing), reason="; ".join(missing.values()))
 
 
@@ -45,7 +48,7 @@ def test_frechet_distance_of_two_gaussians():
     mu1, mu2 = np.array([1.0, 2.0, 0.0]), np.array([0.0, 2.0, 2.0])
     sd1, sd2 = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.0])
     known = 1 + 4 + np.square(sd1 - sd2).sum()
-    found = metrics.frechet_distance(mu1, np.diag(sd1**2), mu2, np.diag(sd2**2))
+    found = features.frechet_distance(mu1, np.diag(sd1**2), mu2, np.diag(sd2**2))
     assert found == pytest.approx(known, rel=1e-10)
 
 
@@ -55,17 +58,17 @@ def test_frechet_distance_of_correlated_gaussians_is_that_of_scipy():
     cov1, cov2 = np.cov(a.T), np.cov(b.T)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     known = mean + np.trace(cov1 + cov2 - 2 * linalg.sqrtm(cov1 @ cov2).real)
-    found = metrics.frechet_distance(a.mean(0), cov1, b.mean(0), cov2)
+    found = features.frechet_distance(a.mean(0), cov1, b.mean(0), cov2)
     assert found == pytest.approx(known, rel=1e-8)
-    assert metrics.frechet_distance(a[0], cov1, a[0], cov1) == pytest.approx(0, abs=1e-8)
+    assert features.frechet_distance(a[0], cov1, a[0], cov1) == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize("counts", [(5, 8), (50, 6), (40, 60)])
 def test_distance_of_features_is_that_of_their_gaussians(counts):
     generator = np.random.default_rng(1)
     a, b = (generator.standard_normal((n, 16)) + n / 50 for n in counts)
-    known = metrics.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    found = metrics.frechet_feature_distance(torch.from_numpy(a), torch.from_numpy(b))
+    known = features.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    found = features.frechet_feature_distance(torch.from_numpy(a), torch.from_numpy(b))
     assert found == pytest.approx(known, rel=1e-6)
 
 
@@ -84,18 +87,128 @@ def test_dice_of_filled_masks_and_of_outlines():
         metrics.contour_dice(masks[:2], contours)
 
 
-def test_hu_statistics_of_known_tissue():
-    hu = np.array([[-1000.0, -800.0, -600.0], [-250.0, -249.0, 3000.0]])
-    mask = np.array([[1, 1, 1], [1, 1, 0]])
-    found = metrics.hu_statistics(hu, mask)
-    inside = hu.ravel()[:5]
-    assert found["n"] == 5
-    assert found["mean"] == pytest.approx(inside.mean())
-    assert found["sd"] == pytest.approx(inside.std())
-    assert found["high_attenuation"] == pytest.approx(0.4)
-    assert found["low_attenuation"] == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="not empty"):
-        metrics.hu_statistics(hu, np.zeros_like(hu))
+def drawn(generator: np.random.Generator, draws: int, count: int) -> Tensor:
+    return torch.from_numpy(generator.integers(0, 3, (draws, count))).float()
+
+
+@pytest.mark.parametrize("counts", [(9, 30), (50, 40)])
+def test_blocks_and_counts_are_as_rows_written_out(counts, monkeypatch, tmp_path):
+    """Features on disk, in blocks of 7, with counts: as repeated rows in memory at once."""
+    monkeypatch.setattr(features, "BLOCK", 7)
+    generator = np.random.default_rng(0)
+    sets = [generator.standard_normal((n, 16)).astype(np.float32) + n / 50 for n in counts]
+    on_disk = []
+    for i, rows in enumerate(sets):
+        file = features.RowFile(tmp_path / f"{i}", "<f4")
+        for part in torch.from_numpy(rows).split(4):
+            file.append(part)
+        on_disk.append(file.gathered())
+        assert isinstance(on_disk[-1], np.memmap)
+        np.testing.assert_array_equal(on_disk[-1], rows)
+    weights = [drawn(generator, 3, n) for n in counts]
+    found = features.frechet_distances(*on_disk, *weights, CPU)
+    for i in range(3):
+        a, b = (np.repeat(x, w[i].int(), axis=0) for x, w in zip(sets, weights, strict=True))
+        known = features.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+        assert found[i] == pytest.approx(known, rel=1e-6)
+
+
+def test_kid_is_torchmetrics_and_its_resamples_are_not_biased(monkeypatch):
+    from torchmetrics.image.kid import poly_mmd
+
+    monkeypatch.setattr(features, "BLOCK", 16)
+    generator = np.random.default_rng(1)
+    x, y = generator.standard_normal((40, 8)), generator.standard_normal((40, 8)) + 0.5
+    ones = torch.ones(1, 40)
+    found = features.kernel_distances(x, y, ones, ones, CPU)
+    known = float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y)))
+    assert found == pytest.approx(known, rel=1e-9)
+    times = [metrics.times_drawn(list(map(str, range(40))), 400, seed) for seed in (1, 2)]
+    value, *resampled = features.kernel_distances(x, y, *times, CPU)
+    assert value == pytest.approx(known, rel=1e-6)
+    assert abs(np.mean(resampled) - value) < 4 * np.std(resampled) / 400**0.5
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity_and_tell_modes(monkeypatch):
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    monkeypatch.setattr(features, "BLOCK", 16)
+    generator = np.random.default_rng(2)
+    real, fake = generator.standard_normal((60, 4)), generator.standard_normal((50, 4)) + 1
+    ones = torch.ones(1, 60), torch.ones(1, 50)
+    known = calculate_precision_recall_full(torch.from_numpy(fake), torch.from_numpy(real))
+    assert len({0, 1, *known}) == 4
+    assert features.precisions(real, fake, *ones, CPU) == pytest.approx(known[0])
+    assert features.recalls(real, fake, *ones, CPU) == pytest.approx(known[1])
+
+    real[:30] += 100  # a mode that samples lack: what there is is right, and half is there
+    assert features.recalls(real, real[30:], ones[0], ones[1][:, :30], CPU) == 0.5
+    fake = np.concatenate([real[30:], real[30:] - 200])
+    assert features.precisions(real, fake, ones[0], ones[0], CPU) == 0.5
+    # Of a resample without the second mode's balls and with samples of the first only:
+    there, chosen = (torch.arange(60)[None] >= 30).float(), (torch.arange(60)[None] < 30).float()
+    assert features.precisions(real, fake, there, chosen, CPU) == 1
+    assert features.precisions(real, fake, 1 - there, chosen, CPU) == 0
+
+
+# Control.
+
+
+def discs(*radii: float, size: int = 48) -> np.ndarray:
+    y, x = np.mgrid[:size, :size] - size // 2
+    return np.stack([np.hypot(y, x) <= r for r in radii])
+
+
+def test_hausdorff_distance_is_that_of_all_pairs_of_border_pixels():
+    from scipy.spatial.distance import cdist
+
+    masks, contours = discs(10, 15, 20), np.roll(discs(12, 15, 9), (0, 3, 5), axis=(0, 1, 2))
+    masks[1, :6, :9] = True  # an island
+    contours[0, 20:26, 20:26] = False  # a hole, which is filled
+    found = metrics.hausdorff95(masks, contours)
+    contours[0] = ndimage.binary_fill_holes(contours[0])
+    for i in range(3):
+        borders = [np.argwhere(m[i] & ~ndimage.binary_erosion(m[i])) for m in (masks, contours)]
+        pairs = cdist(*borders)
+        known = max(np.percentile(pairs.min(1), 95), np.percentile(pairs.min(0), 95))
+        assert found[i] == pytest.approx(known, abs=1e-9)
+    assert metrics.hausdorff95(discs(10), discs(14)) == pytest.approx(4, abs=0.5)
+    empty = np.zeros((1, 48, 48), bool)
+    assert metrics.hausdorff95(empty, empty) == 0
+    assert np.isnan(metrics.hausdorff95(discs(10), empty)).all()
+
+
+def following(found, asked, spacing, owners):
+    dice, hd95 = metrics.contour_dice(found, asked), metrics.hausdorff95(found, asked)
+    return metrics.Following(dice, hd95, np.asarray(spacing, float), owners)
+
+
+def test_control_scores_count_what_they_leave_out():
+    asked, found = discs(10, 10, 15, 15), discs(10, 12, 15, 15)
+    found[3] = False
+    names, spacing = ["a", "b", "c", "d"], [0.5, 2.0, np.nan, 1.0]
+    samples = following(found, asked, spacing, names)
+    real = following(discs(11, 13, 15), discs(10, 12, 14), [2.0] * 3, ["p", "p", "q"])
+    dice, pixels, mm = metrics.control_scores(samples, real)
+    assert [s.name for s in (dice, pixels, mm)] == ["dice", "hd95_px", "hd95_mm"]
+    share = 2 * asked[1].sum() / (asked[1].sum() + found[1].sum())
+    assert dice.value == pytest.approx((1 + share + 1 + 0) / 4)
+    assert dice.low < dice.value < dice.high and dice.floor > 0.8
+    assert (dice.n_real, dice.n_fake, pixels.n_fake, mm.n_fake) == (3, 4, 3, 2)
+    distance = metrics.hausdorff95(found[1:2], asked[1:2])[0]
+    assert pixels.value == pytest.approx(distance / 3) and mm.value == pytest.approx(distance)
+    assert mm.floor == pytest.approx(2 * pixels.floor) and pixels.floor > 0
+    assert "1 samples without lungs" in pixels.warning and "lungs" not in dice.warning
+    assert "unknown spacing" in mm.warning and "2 patients" in dice.source
+
+    none = metrics.control_scores(following(found, asked, [np.nan] * 4, names), real)
+    assert [s.name for s in none] == ["dice", "hd95_px"]
+    alone = metrics.control_scores(samples, following(found[:0], asked[:0], [], []))
+    assert all(np.isnan(s.floor) and "floor" in s.warning for s in alone)
+    empty = metrics.control_scores(following(found[3:], asked[3:], [1.0], ["d"]), real)
+    assert empty[0].value == 0 and np.isnan(empty[1].value)
+    with pytest.raises(ValueError, match="4 Dice, 4 distances, 4 spacings, 3 owners"):
+        following(found, asked, spacing, names[:3])
 
 
 # Reconstruction, against scikit-image.
@@ -148,8 +261,8 @@ def test_missing_weights_are_named_and_the_rest_works(no_weights, tmp_path):
     assert set(realism.missing) == {"fid", "kid", "lpips"}
     for name, text in realism.missing.items():
         assert "scripts/fetch_metric_weights.py" in text and str(tmp_path) in text
-        assert metrics.WEIGHTS[name][0] in text
-    assert metrics.load_lpips(CPU) is None and metrics.load_inception(CPU) is None
+        assert features.WEIGHTS[name][0] in text
+    assert features.load_lpips(CPU) is None and features.load_inception(CPU) is None
     real, fake = slices(3, seed=0, size=64), slices(3, seed=1, size=64)
     realism.update_real(real)
     realism.update_fake(fake[:2], real[:2])
@@ -163,9 +276,83 @@ def test_missing_weights_are_named_and_the_rest_works(no_weights, tmp_path):
     assert realism.compute() == {"n_real": 3, "n_fake": 0}
 
 
+def test_realism_without_weights_is_ssim(no_weights, tmp_path):
+    realism = Realism(CPU, tmp_path / "features")
+    assert set(realism.missing) == {"fid", "kid", "precision", "recall", "lpips", "diversity"}
+    for name, text in realism.missing.items():
+        assert text.startswith(f"{name.upper()} is left out") and str(tmp_path) in text
+    real, fake = slices(8, seed=0, size=32), slices(5, seed=1, size=32)
+    realism.add_real(real, [f"p{i // 2}" for i in range(8)])
+    realism.add_fake(fake, [f"s{i}" for i in range(5)], real[:5])
+    (score,) = realism.scores()
+    expected = float(metrics.ssim_per_image(real[:5], fake).mean())
+    assert score.name == "ssim" and score.value == pytest.approx(expected, abs=1e-6)
+    assert score.low < score.value < score.high and np.isfinite(score.floor)
+
+
+def test_weights_are_found_in_a_folder_of_any_name(no_weights, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    try:
+        with pytest.raises(ValueError, match=r"weights: expected a folder with .*output_dir"):
+            features.use_weights(folder)
+        (folder / features.ALEXNET).write_bytes(b"some")
+        features.use_weights(folder)
+        assert features.weight_file(features.ALEXNET) == folder / features.ALEXNET
+        missing = features.missing_weights()
+        assert set(missing) == {"fid", "kid", "precision", "recall"}
+        assert f"--output_dir {folder}" in missing["fid"]
+    finally:
+        features.use_weights(None)
+    assert "lpips" in features.missing_weights()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "nan"])
+@pytest.mark.parametrize("name", ["ALEXNET", "INCEPTION"])
+def test_damaged_weights_are_named_with_the_remedy(name, damage, no_weights, tmp_path):
+    load = {"ALEXNET": features.load_lpips, "INCEPTION": features.load_inception}[name]
+    file = features.weight_file(getattr(features, name))
+    file.parent.mkdir(parents=True)
+    content = {"cut": {"weight": torch.zeros(1000)}, "other": {"weight": torch.zeros(1)}}
+    if damage == "nan":
+        content["nan"] = nan_weights(name)
+    torch.save(content[damage], file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="--overwrite --output_dir") as caught:
+        load(CPU)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert ("NaN" in str(caught.value)) == (damage == "nan")
+
+
+def nan_weights(name: str) -> dict[str, Tensor]:
+    """All tensors of a network, without the room that numbers would take."""
+    with torch.device("meta"):
+        if name == "ALEXNET":
+            import torchvision
+
+            network = torchvision.models.alexnet(weights=None)
+        else:
+            network = unloaded_inception()
+    return {k: torch.tensor(torch.nan).expand(v.shape) for k, v in network.state_dict().items()}
+
+
+def unloaded_inception() -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict: dict) -> None:
+            pass
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    return Unloaded("inception-v3-compat", ["2048"], empty)
+
+
 def test_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="'ssmi'"):
-        metrics.missing_weights(["ssmi"])
+        features.missing_weights(["ssmi"])
 
 
 # The bookkeeping, with a stand-in for Inception, so that it is tested without weights too.
@@ -247,6 +434,148 @@ def test_images_that_have_no_metric_are_refused(bad):
             realism.update_fake(images, images[:1])
 
 
+# Realism for a report, with stand-ins for both networks.
+
+
+def mean_difference(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+def pixel_realism(folder: Path) -> Realism:
+    realism = Realism(CPU, folder)
+    realism.missing, realism.inception, realism.lpips = {}, Pixels(), mean_difference
+    realism.sources = dict.fromkeys([*metrics.SET_METRICS, *metrics.PAIR_METRICS], "pixels")
+    return realism
+
+
+def patients_of(count: int, each: int = 2) -> list[str]:
+    return [f"p{i // each}" for i in range(count)]
+
+
+def by_name(scores: list[Score]) -> dict[str, Score]:
+    return {score.name: score for score in scores}
+
+
+def fill(realism: Realism, real: Tensor, fake: Tensor, paired: Tensor | None = None) -> None:
+    """In batches of 7 and all at once."""
+    for start in range(0, len(real), 7):
+        realism.add_real(real[start : start + 7], patients_of(len(real))[start : start + 7])
+    realism.add_fake(fake, [f"s{i}" for i in range(len(fake))], paired)
+
+
+def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
+    real, fake = slices(24, seed=0, size=32), slices(20, seed=1, size=32)
+    realism = pixel_realism(tmp_path)
+    fill(realism, real, fake, real[:20])
+    found = by_name(realism.scores(draws=40))
+    order = ["fid", "kid", "precision", "recall", "lpips", "ssim", "diversity"]
+    assert list(found) == order
+    for score in found.values():
+        assert score.low <= score.value <= score.high and score.low < score.high
+        assert np.isfinite(score.floor) and score.source == "pixels" and "under" in score.warning
+    assert (found["fid"].n_real, found["fid"].n_fake) == (24, 20)
+    assert (found["ssim"].n_real, found["ssim"].n_fake, found["diversity"].n_fake) == (20, 20, 20)
+    assert "2,048" in found["fid"].warning
+
+    plain = Pixels()
+    x, y = (plain(metrics.to_bytes(images)) for images in (real, fake))
+    assert found["fid"].value == pytest.approx(features.frechet_feature_distance(x, y), rel=1e-6)
+    first, second = halves(patients_of(24))
+    second = np.sort(np.random.default_rng(0).permutation(second)[:20])
+    floor = features.frechet_feature_distance(x[first], x[second])
+    assert found["fid"].floor == pytest.approx(floor, rel=1e-6)
+    assert found["lpips"].value == pytest.approx(float(mean_difference(real[:20], fake).mean()))
+    assert found["lpips"].floor == found["diversity"].floor  # both of unrelated real slices
+    assert by_name(realism.scores(draws=40)) == found
+
+
+def test_scores_order_what_is_worse(tmp_path):
+    """Other patients are at the floor, darker ones are not, and one sample repeated is no set."""
+    real = slices(48, seed=0, size=32)
+    others = slices(40, seed=1, size=32)
+    noise = torch.randn(others.shape, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, fake in {
+        "others": others,
+        "darker": (others - 0.7).clamp(-1, 1),
+        "same": others[:1] + 0.01 * noise,
+    }.items():
+        realism = pixel_realism(tmp_path / name)
+        fill(realism, real, fake)
+        found[name] = by_name(realism.scores(draws=20))
+    others, darker, same = (found[name] for name in ("others", "darker", "same"))
+    for name in ("fid", "kid"):
+        assert others[name].high < min(darker[name].low, same[name].low)
+    assert abs(others["kid"].value) < 0.1 * darker["kid"].value
+    assert darker["precision"].value < 0.5 < others["precision"].value
+    assert same["recall"].value < 0.1 < others["recall"].value
+    assert same["diversity"].high < 0.5 * same["diversity"].floor < others["diversity"].low
+    assert np.isnan(others["lpips"].value) and "no pair" in others["lpips"].warning
+
+
+def test_slices_of_one_patient_are_no_more_evidence(tmp_path):
+    """Each slice four times: with their patients known, KID's interval does not shrink."""
+    real, fake = slices(20, seed=0, size=32), slices(30, seed=1, size=32)
+    widths = []
+    for i, (images, patients) in enumerate(
+        [
+            (real, patients_of(20, each=1)),
+            (real.repeat_interleave(4, 0), patients_of(80, each=4)),
+            (real.repeat_interleave(4, 0), patients_of(80, each=1)),
+        ]
+    ):
+        realism = pixel_realism(tmp_path / str(i))
+        realism.add_real(images, patients)
+        realism.add_fake(fake, [f"s{j}" for j in range(30)])
+        kid = by_name(realism.scores(draws=100))["kid"]
+        widths.append(kid.high - kid.low)
+    assert widths[1] > 0.8 * widths[0] and widths[2] < 0.8 * widths[1]
+
+
+def test_large_sets_have_fewer_resamples_and_say_so():
+    assert metrics.fid_draws(200, 200) == 200 and metrics.fid_draws(200, 50000) >= 20
+    generator = np.random.default_rng(0)
+    real, fake = generator.standard_normal((2, 500, 4))
+    names = [str(i) for i in range(500)]
+    fid = metrics.set_score("fid", real, fake, names, names, CPU, "normal", draws=50)
+    assert "interval from 40 resamples" in fid.warning and fid.low < fid.value < fid.high
+
+
+def test_too_few_images_or_patients_are_said(tmp_path):
+    realism = pixel_realism(tmp_path)
+    for score in realism.scores():
+        assert np.isnan([score.value, score.low, score.floor]).all() and score.warning
+    images = slices(6, seed=0, size=32)
+    realism.add_real(images[:5], ["p"] * 5)
+    realism.add_fake(images[5:], ["s"], images[:1])
+    found = by_name(realism.scores())
+    assert "5 real images and 1 samples" in found["kid"].warning
+    assert found["ssim"].value < 1 and "floor" in found["ssim"].warning
+    realism.add_fake(images[:4], ["a", "b", "c", "d"])
+    fid = by_name(realism.scores())["fid"]
+    assert fid.value > 0 and np.isnan([fid.low, fid.floor]).all()
+    assert "one patient" in fid.warning and "floor" in fid.warning
+
+
+def test_what_cannot_be_measured_is_refused_and_leaves_nothing(tmp_path):
+    realism, images = pixel_realism(tmp_path), slices(4, seed=0, size=32)
+    realism.add_real(images, list("abcd"))
+    for bad, names, match in (
+        (images * torch.nan, list("abcd"), "NaN"),
+        (images[:, 0], list("abcd"), "1, H"),
+        (images, list("abc"), "4 images, 3 names"),
+        (images[..., :16], list("abcd"), r"\(32, 16\).*\(32, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            realism.add_real(bad, names)
+    with pytest.raises(ValueError, match="paired_real"):
+        realism.add_fake(images, list("abcd"), images[:2])
+    assert by_name(realism.scores())["fid"].n_real == 4
+
+
+# Two processes.
+
+
 def shared_run(rank: int, world: int, folder: str) -> None:
     """One rank of two, with 5 of 7 real slices and 2 of 6 fakes, then the other way round."""
     torch.set_num_threads(1)
@@ -263,7 +592,12 @@ def shared_run(rank: int, world: int, folder: str) -> None:
     realism.reset()
     if rank == 0:  # the other rank has no fakes at all
         realism.update_fake(fake)
-    torch.save([first, realism.compute()], f"{folder}/{rank}.pt")
+    report = pixel_realism(Path(folder) / "features")
+    report.add_real(real[mine[0]], patients_of(7)[mine[0]])
+    if rank == 1:
+        report.add_fake(fake, list("abcdef"), paired)
+    scores = [score.as_dict() for score in report.scores(draws=3)]
+    torch.save([first, realism.compute(), scores], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -271,64 +605,104 @@ def test_two_processes_equal_one(tmp_path):
     torch.multiprocessing.spawn(shared_run, (2, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert found[0] == found[1]
+    real, fake = slices(7, seed=0, size=64), slices(6, seed=1, size=64)
+    paired = slices(6, seed=2, size=64)
     realism = pixel_metrics()
-    realism.update_real(slices(7, seed=0, size=64))
-    realism.update_fake(slices(6, seed=1, size=64), slices(6, seed=2, size=64))
+    realism.update_real(real)
+    realism.update_fake(fake, paired)
     alone = realism.compute()
     assert set(alone) == {"fid", "kid", "ssim", "n_real", "n_fake"}
     assert found[0][0] == pytest.approx(alone, rel=1e-6)
     alone.pop("ssim")
     assert found[0][1] == pytest.approx(alone, rel=1e-6)
+    report = pixel_realism(tmp_path / "alone")
+    report.add_real(real, patients_of(7))
+    report.add_fake(fake, list("abcdef"), paired)
+    assert [score.as_dict() for score in report.scores(draws=3)] == found[0][2]
 
 
 # With the real networks.
 
 
-class Remembering(nn.Module):
-    """torchmetrics' Inception, run once for the images of several metrics."""
+@pytest.fixture
+def no_sockets(monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a socket was opened")
 
-    num_features = 2048
-
-    def __init__(self, inception: nn.Module) -> None:
-        super().__init__()
-        self.inception, self.known = inception, {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        key = images.numpy().tobytes()
-        if key not in self.known:
-            self.known[key] = self.inception(images)
-        return self.known[key]
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception")
 @needs("fid")
-def test_fid_and_kid_are_those_of_torchmetrics_and_tell_worse_images():
-    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-    from torchmetrics.image.kid import KernelInceptionDistance
+def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets, tmp_path):
+    """From images to numbers, by torch-fidelity's own network and functions; nothing is fetched."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
     real, fake = slices(8, seed=0), slices(8, seed=1)
+    fake[:4] = 0.5 * fake[:4] + 0.5 * real[:4]
     state = torch.get_rng_state()
-    realism = RealismMetrics(CPU)
+    realism = Realism(CPU, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
+    realism.add_real(real, patients_of(8))
+    realism.add_fake(fake, patients_of(8, each=1))
+    found = by_name(realism.scores(draws=2))
+
+    path = str(features.weight_file(features.INCEPTION))
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], path).eval()
+    shown = [((images + 1) / 2 * 255).byte().expand(-1, 3, -1, -1) for images in (real, fake)]
+    with torch.no_grad():
+        x, y = (network(images)[0] for images in shown)
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, (x, y)), verbose=False)
+    assert found["fid"].value == pytest.approx(fid["frechet_inception_distance"], rel=1e-3)
+    kid = kid_features_to_metric(x, y, kid_subset_size=8, kid_subsets=1, verbose=False)
+    known = kid["kernel_inception_distance_mean"]
+    assert found["kid"].value == pytest.approx(known, rel=1e-3, abs=1e-6)
+    prc = prc_features_to_metric(y, x, verbose=False)
+    assert found["precision"].value == pytest.approx(prc["precision"], abs=1e-3)
+    assert found["recall"].value == pytest.approx(prc["recall"], abs=1e-3)
+    with open(path, "rb") as file:
+        assert hashlib.sha256(file.read()).hexdigest()[:12] in found["fid"].source
+
+
+@needs("lpips")
+def test_lpips_and_diversity_are_those_of_the_lpips_package(no_sockets, tmp_path):
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net="alex", verbose=False)
+    realism = Realism(CPU, tmp_path)
+    realism.inception = None
+    real, fake = slices(4, seed=0, size=64), slices(4, seed=1, size=64)
+    realism.add_real(real, patients_of(4))
+    realism.add_fake(fake, list("abcd"), real)
+    found = by_name(realism.scores())
+    with torch.no_grad():
+        known = network(real.expand(-1, 3, -1, -1), fake.expand(-1, 3, -1, -1)).mean()
+        every = {(i, j): float(network(fake[i], fake[j])) for i in range(4) for j in range(i)}
+    assert found["lpips"].value == pytest.approx(float(known), abs=1e-4)
+    matchings = [every[1, 0] + every[3, 2], every[2, 0] + every[3, 1], every[3, 0] + every[2, 1]]
+    assert min(abs(found["diversity"].value - total / 2) for total in matchings) < 1e-4
+    assert features.weights_hash(features.ALEXNET) in found["lpips"].source
+
+
+@needs("fid")
+def test_training_has_the_same_fid_and_it_tells_worse_images(no_sockets):
+    real, fake = slices(8, seed=0), slices(8, seed=1)
+    realism = RealismMetrics(CPU)
     assert not {"fid", "kid"} & realism.missing.keys()
     assert not realism.inception.training
     assert not any(p.requires_grad for p in realism.inception.parameters())
     realism.update_real(real)
     realism.update_fake(fake)
     found = realism.compute()
-
-    unit = [((images + 1) / 2).expand(-1, 3, -1, -1) for images in (real, fake)]
-    shown = [(images * 255).byte() for images in unit]  # as torchmetrics does with normalize=True
-    path = str(metrics.weight_file(metrics.INCEPTION))
-    inception = Remembering(NoTrainInceptionV3("inception-v3-compat", ["2048"], path))
-    fid = FrechetInceptionDistance(inception)
-    kid = KernelInceptionDistance(inception, subset_size=8)
-    for metric in (fid, kid):
-        metric.update(shown[0], real=True)
-        metric.update(shown[1], real=False)
-    assert found["fid"] == pytest.approx(float(fid.compute()), rel=1e-3)
-    torch.manual_seed(0)
-    assert found["kid"] == pytest.approx(float(kid.compute()[0]), rel=1e-3, abs=1e-6)
+    x, y = (features.inception_features(realism.inception, images, CPU) for images in (real, fake))
+    assert found["fid"] == pytest.approx(features.frechet_feature_distance(x, y), rel=1e-9)
+    kid = features.kernel_distances(x, y, torch.ones(1, 8), torch.ones(1, 8), CPU)
+    assert found["kid"] == pytest.approx(float(kid[0]), rel=1e-3, abs=1e-6)
 
     def fid_of(images: Tensor) -> float:
         realism.reset()
@@ -346,7 +720,7 @@ def test_fid_and_kid_are_those_of_torchmetrics_and_tell_worse_images():
 def test_lpips_is_that_of_torchmetrics_and_carries_gradients():
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-    lpips = metrics.load_lpips(CPU)
+    lpips = features.load_lpips(CPU)
     x, y = slices(3, seed=0, size=64), slices(3, seed=1, size=64)
     known = learned_perceptual_image_patch_similarity(
         x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1), net_type="alex", reduction="none"

@@ -1,0 +1,402 @@
+"""What frozen networks see in slices, and how far apart two sets of it are: FID, KID, precision.
+
+Nothing here downloads: weights are files that scripts/fetch_metric_weights.py makes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fibldm import distributed
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+ALEXNET = "alexnet-owt-7be5be79.pth"
+
+# The files each metric needs in torch.hub's checkpoints folder.
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "fid": (INCEPTION,),
+    "kid": (INCEPTION,),
+    "precision": (INCEPTION,),
+    "recall": (INCEPTION,),
+    "lpips": (ALEXNET,),
+    "diversity": (ALEXNET,),
+    "ssim": (),
+    "psnr": (),
+}
+
+
+_weights_dir: Path | None = None  # None: where torch.hub looks, below TORCH_HOME
+
+
+def use_weights(folder: Path | None) -> None:
+    """Look for weight files in this folder from now on; None: where torch.hub looks.
+
+    ValueError if it holds none of them.
+    """
+    global _weights_dir
+    if folder is not None:
+        wanted = sorted({name for names in WEIGHTS.values() for name in names})
+        if not any((folder / name).is_file() for name in wanted):
+            raise ValueError(
+                f"{folder}: expected a folder with {' or '.join(wanted)}; "
+                f"run `python scripts/fetch_metric_weights.py --output_dir {folder}` once"
+            )
+    _weights_dir = folder
+
+
+def weight_file(name: str) -> Path:
+    return (_weights_dir or Path(torch.hub.get_dir()) / "checkpoints") / name
+
+
+def weights_hash(name: str) -> str:
+    """The first 12 hexadecimal digits of a weight file's SHA-256."""
+    with weight_file(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def missing_weights(names: Iterable[str] = tuple(WEIGHTS)) -> dict[str, str]:
+    """Those of the named metrics that cannot be computed here -> which file is absent, and why."""
+    missing = {}
+    for name in names:
+        if name not in WEIGHTS:
+            raise ValueError(f"no metric {name!r}; expected some of {', '.join(WEIGHTS)}")
+        absent = [str(weight_file(f)) for f in WEIGHTS[name] if not weight_file(f).is_file()]
+        if absent:
+            folder = f" --output_dir {_weights_dir}" if _weights_dir else ""
+            missing[name] = (
+                f"{name.upper()} is left out: {', '.join(absent)} is absent; "
+                f"run `python scripts/fetch_metric_weights.py{folder}` once"
+            )
+    return missing
+
+
+def damaged(name: str, error: object) -> ValueError:
+    """What to raise for a weight file that cannot be read or holds something else."""
+    path = weight_file(name)
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(
+        f"{path}: not the weights expected ({reason[0][:200]}); "
+        f"run `python scripts/fetch_metric_weights.py --overwrite --output_dir {path.parent}`"
+    )
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """(N, 1, H, W) in [-1, 1] -> (N, 3, H, W) uint8, truncated as torchmetrics' normalize=True."""
+    if images.ndim != 4 or images.shape[1] != 1:
+        raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 1, H, W)")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images with NaN or infinite values have no metrics")
+    unit = (images.float().clamp(-1, 1) + 1) / 2
+    return (unit * 255).byte().expand(-1, 3, -1, -1)
+
+
+def load_inception(device: torch.device) -> nn.Module | None:
+    """FID's Inception: (N, 3, H, W) uint8 -> (N, 2048); None where its weights are absent.
+
+    It resizes to 299x299 as TensorFlow 1 did: FID's first version, and torch-fidelity. ValueError
+    if the weight file is damaged.
+    """
+    if missing_weights(["fid"]):
+        return None
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    path = str(weight_file(INCEPTION))  # given a path, it has nothing to download
+    try:
+        with torch.random.fork_rng(devices=[]):
+            inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False)
+    except Exception as error:  # whatever torch says of a cut-off or foreign file
+        raise damaged(INCEPTION, error) from error
+    # The classifier is NaN in the files that scripts/fetch_metric_weights.py makes.
+    used = [value for key, value in inception.state_dict().items() if not key.startswith("fc.")]
+    if not all(bool(value.isfinite().all()) for value in used):
+        raise damaged(INCEPTION, "NaN or infinite numbers")
+    if device.type == "cpu":
+        inception = inception.to(memory_format=torch.channels_last)  # takes a third less time
+    return inception.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def inception_features(inception: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Features (N, 2048) on the CPU, in float32 whatever is around, of images (N, 1, H, W)."""
+    features = [torch.empty(0, 2048)]
+    for chunk in images.split(32) if len(images) else ():
+        with torch.autocast(device.type, enabled=False):
+            features.append(inception(to_bytes(chunk.to(device))).float().cpu())
+    return torch.cat(features)
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS (Zhang et al., arXiv 1801.03924) over AlexNet for one channel, as metric or as loss.
+
+    Frozen, in evaluation mode and float32 whatever the training around it does; gradients flow to
+    both inputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import warnings
+
+        import lpips
+
+        # Built with a random trunk and filled here: lpips itself would go and download it.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        names = self.net.net.state_dict()  # slice1.0.weight is torchvision's features.0.weight
+        try:
+            trunk = torch.load(weight_file(ALEXNET), map_location="cpu", weights_only=True)
+            state = {n: trunk[f"features.{n.split('.', 1)[1]}"] for n in names}
+            self.net.net.load_state_dict(state)
+        except Exception as error:  # whatever torch says of a cut-off or foreign file
+            raise damaged(ALEXNET, error) from error
+        if not all(bool(value.isfinite().all()) for value in state.values()):
+            raise damaged(ALEXNET, "NaN or infinite numbers")
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair.
+
+        x, y: (N, 1, H, W) in [-1, 1], at least 32x32. Returns (N,), >= 0; 0 for equal images.
+        """
+        if min(x.shape[-2:]) < 32:
+            raise ValueError(f"LPIPS needs images of at least 32x32, found {tuple(x.shape[-2:])}")
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = (image.float().expand(-1, 3, -1, -1) for image in (x, y))
+            return self.net(x, y).flatten()
+
+
+def load_lpips(device: torch.device) -> PerceptualDistance | None:
+    """The LPIPS network on a device; None where AlexNet's weights are absent (missing_weights).
+
+    ValueError if the weight file is damaged.
+    """
+    return None if missing_weights(["lpips"]) else PerceptualDistance().to(device)
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), in float64.
+
+    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu (D,), cov (D, D), singular or not.
+    """
+    mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
+    values, vectors = np.linalg.eigh(cov1)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(min=0)).sum()
+    return float(np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+# Distances of sets of features. A set is a tensor or an array on disk, (N, D), read block by block
+# in float64. `counts` (B, N) says how often each row is in each of B bootstrap resamples.
+
+BLOCK = 1024
+Features = Tensor | np.ndarray
+
+
+def blocks(features: Features, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive rows of a set, and which they are."""
+    for start in range(0, len(features), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(features)))
+        block = features[rows]
+        if isinstance(block, np.ndarray):
+            block = torch.from_numpy(block.astype(np.float64))
+        yield rows, block.to(device, torch.float64)
+
+
+def moments(
+    features: Features, counts: Tensor, device: torch.device
+) -> tuple[Tensor, Callable[[], Iterator[Tensor]]]:
+    """Mean (D,) of a weighted set, and its centred rows X in blocks, scaled so that cov = X^T X.
+
+    counts: (N,), how often each row is in the set; those in it 0 times are left out.
+    """
+    counts = counts.to(device, torch.float64)
+    total = counts.sum()
+    mean = sum(counts[rows] @ block for rows, block in blocks(features, device)) / total
+
+    def centred() -> Iterator[Tensor]:
+        for rows, block in blocks(features, device):
+            kept = counts[rows] > 0
+            scale = (counts[rows][kept] / (total - 1)).sqrt()
+            yield (block[kept] - mean) * scale[:, None]
+
+    return mean, centred
+
+
+def frechet_feature_distance(
+    x: Features,
+    y: Features,
+    x_counts: Tensor | None = None,
+    y_counts: Tensor | None = None,
+    device: torch.device | None = None,
+) -> float:
+    """`frechet_distance` of the Gaussians fitted to features x (N, D) and y (M, D), N and M >= 2.
+
+    With cov1 = A^T A of the smaller set, tr (cov1 cov2)^(1/2) is the sum of the square roots of
+    the eigenvalues of A cov2 A^T: N x N instead of D x D, and exact where covariances are singular.
+    counts: (N,) and (M,), how often each row counts; once if not given.
+    """
+    device = device or (x.device if isinstance(x, Tensor) else torch.device("cpu"))
+    counts = [torch.ones(len(s)) if c is None else c for s, c in ((x, x_counts), (y, y_counts))]
+    sets = sorted([(x, counts[0]), (y, counts[1])], key=lambda pair: len(pair[0]))
+    (mean1, rows1), (mean2, rows2) = (moments(s, c, device) for s, c in sets)
+    if len(sets[0][0]) > len(mean1):
+        values, vectors = torch.linalg.eigh(sum(block.T @ block for block in rows1()))
+        factor = (vectors * values.clamp(min=0).sqrt()).T
+    else:
+        factor = torch.cat(list(rows1()))
+    distance = (mean1 - mean2).square().sum() + factor.square().sum()
+    product = factor.new_zeros(len(factor), len(factor))
+    for block in rows2():
+        distance = distance + block.square().sum()
+        cross = factor @ block.T
+        product += cross @ cross.T
+    roots = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+    return max(0.0, float(distance - 2 * roots))
+
+
+def frechet_distances(
+    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
+) -> np.ndarray:
+    """FID of each resample, (B,)."""
+    pairs = zip(real_counts, fake_counts, strict=True)
+    return np.array([frechet_feature_distance(real, fake, a, b, device) for a, b in pairs])
+
+
+def kernel_distances(
+    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
+) -> np.ndarray:
+    """KID of each resample, (B,): the unbiased estimate over all pairs of images, not of subsets.
+
+    Pairs of an image with itself, or with its copies in a resample, are left out: a resample has
+    the same expectation.
+    """
+
+    def mean_kernel(x: Features, y: Features, wx: Tensor, wy: Tensor, same: bool) -> Tensor:
+        total = torch.zeros(len(wx), dtype=torch.float64, device=device)
+        for i, a in blocks(x, device):
+            for j, b in blocks(y, device):
+                kernel = (a @ b.T / a.shape[1] + 1) ** 3
+                if same and i == j:
+                    kernel.fill_diagonal_(0)
+                total += (wx[:, i] @ kernel * wy[:, j]).sum(1)
+        left_out = wx.square().sum(1) if same else 0
+        return total / (wx.sum(1) * wy.sum(1) - left_out)
+
+    wr, wf = (c.to(device, torch.float64) for c in (real_counts, fake_counts))
+    within = mean_kernel(real, real, wr, wr, True) + mean_kernel(fake, fake, wf, wf, True)
+    return (within - 2 * mean_kernel(real, fake, wr, wf, False)).cpu().numpy()
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (M, D) -> (N, M)."""
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)
+    return (squares - 2 * x @ y.T).clamp(min=0)
+
+
+def neighbour_radii(features: Features, device: torch.device, neighbour: int = 3) -> Tensor:
+    """Squared distance (N,) of each row to its 3rd nearest other row; N > 3."""
+    radii = []
+    for i, a in blocks(features, device):
+        nearest = torch.full((len(a), 0), torch.inf, dtype=torch.float64, device=device)
+        for j, b in blocks(features, device):
+            found = squared_distances(a, b)
+            if i == j:
+                found.fill_diagonal_(torch.inf)
+            nearest = torch.cat([nearest, found], dim=1)
+            nearest = nearest.topk(min(neighbour, nearest.shape[1]), largest=False).values
+        radii.append(nearest.amax(dim=1))
+    return torch.cat(radii)
+
+
+def precisions(
+    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
+) -> np.ndarray:
+    """Improved precision (Kynkaanniemi et al., arXiv 1904.06991) of each resample, (B,).
+
+    The share of fakes that lie in the ball of a real image, which reaches to its 3rd neighbour.
+    With real and fake exchanged it is the recall. A resample chooses among the balls of the whole
+    set: a neighbour drawn twice would shrink them.
+    """
+    radii = neighbour_radii(real, device)
+    there = (real_counts > 0).to(device, torch.float64)
+    weights = fake_counts.to(device, torch.float64)
+    covered = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    for j, points in blocks(fake, device):
+        hits = torch.zeros(len(weights), len(points), dtype=torch.float64, device=device)
+        for i, centres in blocks(real, device):
+            inside = squared_distances(centres, points) <= radii[i, None]
+            hits += there[:, i] @ inside.double()
+        covered += (weights[:, j] * (hits > 0)).sum(1)
+    return (covered / weights.sum(1)).cpu().numpy()
+
+
+def recalls(
+    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
+) -> np.ndarray:
+    """Improved recall of each resample, (B,): the share of real images in a fake one's ball."""
+    return precisions(fake, real, fake_counts, real_counts, device)
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subset_size: int, subsets: int = 100) -> float:
+    """KID (Binkowski et al., arXiv 1801.01401) of features (N, D), (M, D): mean over subsets.
+
+    Subsets are drawn by a generator of its own: the same at each call, and no other draw moves.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(subsets):
+        drawn = [f[torch.randperm(len(f), generator=generator)[:subset_size]] for f in (real, fake)]
+        with torch.autocast(real.device.type, enabled=False):
+            total += float(poly_mmd(*drawn))
+    return total / subsets
+
+
+class RowFile:
+    """Rows of equal shape in a file, so that memory does not grow with them; one file a rank."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, dtype
+        self.shape: tuple[int, ...] | None = None  # of a row, known from the first
+        self.own.write_bytes(b"")
+
+    @property
+    def own(self) -> Path:
+        return self.path.with_suffix(f".{distributed.rank()}")
+
+    def append(self, rows: Tensor) -> None:
+        """Add (n, ...); ValueError if they differ in shape from those before."""
+        shape = tuple(rows.shape[1:])
+        if self.shape not in (None, shape):
+            raise ValueError(f"rows of shape {shape} after others of {self.shape}: one size only")
+        self.shape = shape
+        with self.own.open("ab") as file:
+            rows.cpu().numpy().astype(self.dtype).tofile(file)
+
+    def gathered(self) -> np.ndarray:
+        """All ranks' rows in the order of the ranks, (N, ...), as a memory map; (0, ...) if none.
+
+        All ranks call this, and the main one may read: the others get their own rows.
+        """
+        shapes = set(distributed.gather(self.shape)) - {None}  # a rank may have added nothing
+        if len(shapes) > 1:
+            raise ValueError(f"{self.path.name}: the ranks have rows of {sorted(shapes)}")
+        shape, path = shapes.pop() if shapes else (0,), self.own
+        if distributed.world_size() > 1 and distributed.is_main():
+            path = self.path.with_suffix(".all")
+            with path.open("wb") as target:
+                for rank in range(distributed.world_size()):
+                    with self.path.with_suffix(f".{rank}").open("rb") as source:
+                        shutil.copyfileobj(source, target)
+        if path.stat().st_size == 0:  # cannot be mapped
+            return np.zeros((0, *shape), self.dtype)
+        return np.memmap(path, self.dtype, mode="r").reshape(-1, *shape)
