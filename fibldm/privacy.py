@@ -9,13 +9,11 @@ Measured in benchmarks/privacy.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage as ndi
 
 from fibldm import ct, inspection
-from fibldm.panels import grey, write_sheet
 from fibldm.scores import Score, interval, resamples
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
@@ -336,33 +334,6 @@ class Privacy:
                 )
             )  # fmt: skip
         return scores
-
-    def write_closest(
-        self,
-        path: Path,
-        samples: np.ndarray,
-        names: Sequence[str],
-        matches: Sequence[Match],
-        count: int = 12,
-    ) -> None:
-        """Write a PNG of the closest pairs, nearest first: a sample, and its training slice.
-
-        samples: (n, H, W) in [-1, 1], names and matches of `nearest`: n. It shows patients.
-        """
-        if self.train is None:
-            raise ValueError("the closest pairs show training slices: give their images")
-        cells = []
-        for i in sorted(range(len(matches)), key=lambda i: matches[i].ratio)[:count]:
-            match = matches[i]
-            said = ", ".join(f"{name} {value:.3f}" for name, value in match.distances.items())
-            pair = np.stack(
-                [np.asarray(a, np.float32) for a in (samples[i], self.train[match.row])]
-            )
-            mark = "! flagged: " if match.flagged else ""
-            cells.append((grey(pair[:1])[0], f"{mark}{names[i]}: {said}"))
-            patient = f"training row {match.row}, patient {self.patients[match.row]}"
-            cells.append((grey(pair[1:])[0], patient))
-        write_sheet(path, cells, per_line=6)
 
 
 def threshold(distances: np.ndarray, share: float) -> float:

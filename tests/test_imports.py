@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "metrics": {"distributed", "features", "scores"},
     "features": {"distributed"},
     "scores": set(),
-    "privacy": {"ct", "inspection", "panels", "scores"},
+    "privacy": {"ct", "inspection", "scores"},
     "disease": {"ct", "scores"},
     "plots": set(),
     "report": {"ct", "scores"},

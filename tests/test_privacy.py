@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TINY_UNET, TINY_VALIDATION
-from PIL import Image
 
 import encode_dataset
 import sample
@@ -179,16 +178,6 @@ def test_held_out_slices_are_not_flagged_beyond_the_share(calibrated, slices):
     images = np.stack(images).astype(np.float32)
     matches = calibrated.nearest(images, pooled(images))
     assert sum(match.flagged for match in matches) <= 1
-
-
-def test_the_closest_pairs_are_shown_nearest_first(calibrated, slices, tmp_path):
-    images, _ = slices
-    samples = np.concatenate([images[TRAINED : TRAINED + 3], images[4:5]])
-    matches = calibrated.nearest(samples, pooled(samples))
-    calibrated.write_closest(tmp_path / "pairs.png", samples, list("abcd"), matches, count=1)
-    sheet = np.asarray(Image.open(tmp_path / "pairs.png"))
-    left, right = sheet[:224, :224].astype(int), sheet[:224, 232:456].astype(int)
-    assert left.std() > 20 and np.array_equal(left, right)  # the copy, beside what it copies
 
 
 def test_what_does_not_fit_is_refused(slices, calibrated):
