@@ -34,7 +34,9 @@ from fibldm.datasets import CTDataset, Split, read_table
 
 
 def load(name: str):
-    """A script of scripts/ as a module."""
+    """A script of scripts/ as a module: one for all tests, as processes are sent its classes."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
