@@ -17,9 +17,7 @@ from fibldm import ct, inspection
 from fibldm.scores import Score, interval, resamples
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
-HELDOUT_SHARE = (
-    0.01  # of held-out slices are nearer than the thresholds, those of all spaces together
-)
+HELDOUT_SHARE = 0.01  # of held-out slices are nearer than the thresholds of all spaces together
 FEW, SPREAD = 100, 4.0  # held-out slices: of fewer a percentile is not defined; SD, see `threshold`
 FOUND, FALSE = 0.95, 0.02  # of copies at least, of held-out slices at most: else a warning
 FOLDS = 50  # of the negative control, by patient

@@ -317,7 +317,7 @@ def prepare_all(
                     result = future.result()
                     done.add(futures[future][1])
                     yield *futures[future], result
-        except BaseException:
+        except BaseException:  # Ctrl-C, a full disk: what waits is not begun
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     for series, name in jobs:  # what a death took with it: each in a process of its own
@@ -628,7 +628,7 @@ def prepare_new(
         contents = [names.of("content", content, 16) for content in one.contents]
         fingerprint = names.of("fingerprint", f"{options} {settings} {one.fingerprint}")
         others = set().union(*(holders[content] for content in contents)) - {name}
-        facts[name] = one, fingerprint, contents, others
+        facts[name] = fingerprint, contents, others
         record = records.get(name)
         gone = set(record["contents"]) - set(contents) if record else set()
         if gone:
@@ -692,7 +692,7 @@ def prepare_new(
 
 def keep(output: Path, name: str, facts: tuple, result: Prepared) -> None:
     """Record a series, so that it is not made again; an error leaves an earlier record."""
-    _, fingerprint, contents, others = facts
+    fingerprint, contents, others = facts
     if result.error is not None:
         return
     patient = name.partition("_")[0]
