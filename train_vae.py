@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from fibldm import checkpoint, distributed
 from fibldm.ct import DEFAULT_WINDOW
-from fibldm.datasets import CTDataset, Split, chunks, load_batches, read_table
+from fibldm.datasets import CTDataset, Split, chunks, load_batches, read_table, shift_slices
+from fibldm.diagnosis import (
+    discriminator_warnings,
+    heldout_latents,
+    input_warnings,
+    latent_warnings,
+    moments,
+    reconstruction_warnings,
+)
 from fibldm.ema import EMA
-from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, gradient_loss
+from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, structural_loss
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.panels import write_reconstructions
 from fibldm.training import (
@@ -25,13 +33,15 @@ from fibldm.training import (
     add_training_options,
     fraction,
     item_noise,
+    item_uniform,
     make_parser,
     optimizer_step,
     positive,
     run_script,
 )
-from fibldm.vae import VAE, reconstruct
+from fibldm.vae import VAE, clipped, reconstruct
 
+LOOKED_AT = 16  # slices, about, whose values are looked at before the start
 PANEL = 8  # slices in the picture
 BATCH = 16  # slices at a time where nothing is trained
 MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
@@ -56,21 +66,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--val_fraction", type=fraction, default=0.1, help="of patients")
     data.add_argument("--test_fraction", type=fraction, default=0.1, help="of patients")
     data.add_argument("--split_seed", type=int, default=0, help="of the split by patient")
+    data.add_argument(
+        "--max_shift", type=int, help="pixels that slices are moved by at random in training, at "
+        "most; 0: none; by default the pixels of one latent side, 16 for 256 / 16",
+    )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--image_size", type=positive, default=256, help="slices are resized to it")
     model.add_argument("--latent_size", type=positive, default=16, help="must divide --image_size")
     model.add_argument("--latent_dim", type=positive, default=8, help="channels of the latent")
     model.add_argument(
-        "--base_channels", type=positive, default=96, help="width at the first level"
+        "--base_channels", type=positive, default=64, help="width at the first level"
     )
-    model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
+    model.add_argument("--blocks", type=positive, default=1, help="residual blocks a level")
     losses = parser.add_argument_group("losses")
     losses.add_argument(
         "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
     )
     losses.add_argument(
-        "--perceptual", choices=("auto", "lpips", "gradient", "none"), default="auto",
-        help="auto: LPIPS where its weights are, else the gradient loss, which needs none",
+        "--perceptual", choices=("auto", "lpips", "structural", "none"), default="auto",
+        help="auto: LPIPS where its weights are, else gradients and SSIM, which need none",
     )  # fmt: skip
     losses.add_argument("--perceptual_weight", type=float, default=0.1, help="beside L1")
     losses.add_argument("--disc_weight", type=float, default=0.1, help="0: no discriminator")
@@ -87,6 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.window[0] >= args.window[1]:
         parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
+    if args.max_shift is None:
+        args.max_shift = args.image_size // args.latent_size
+    if not 0 <= args.max_shift < args.image_size:
+        parser.error(f"--max_shift {args.max_shift}: expected 0 to {args.image_size - 1}")
     args.window = list(args.window)
     return args
 
@@ -106,11 +124,13 @@ def main(args: argparse.Namespace) -> None:
     for note in notes + data.notes():
         run.say(note)
     data.check()
+    picked = train_rows[:: max(1, len(train_rows) // LOOKED_AT)]
+    run.warn(input_warnings({rows[i].image: data.read_pair(i)[0] for i in picked}))
 
     # Model.
     torch.manual_seed(args.seed)
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
-    vae.to(device)
+    vae.to(device, memory_format=torch.channels_last)
     ema = EMA(vae, args.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     scaler = precision.scaler()
@@ -120,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
         disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9))
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
     lpips = load_lpips(device) if have_lpips else None
-    perceptual = {"lpips": lpips, "gradient": gradient_loss, "none": None}[args.perceptual]
+    perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
     lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
     progress = run.resume("train_vae", parts, lineage)
     if args.compile:
@@ -143,14 +163,24 @@ def main(args: argparse.Namespace) -> None:
         loss = (recon - x).abs().mean(dim=(1, 2, 3))
         return loss if perceptual is None else loss + args.perceptual_weight * perceptual(recon, x)
 
+    disc_level = torch.ones((), device=device)  # running mean of the discriminator's loss
+
     def validate_and_keep_best(step: int) -> None:
-        values = validate(ema.model, data, val_rows, reconstruction_loss, lpips, run, step)
+        values, heldout, noise_std = validate(
+            ema.model, data, val_rows, reconstruction_loss, lpips, run, step
+        )
         if run.is_best(values["loss"]):
             best = copy.deepcopy(ema.model)
-            best.calibrate(*measure_latents(best, data, train_rows, args, device))
+            trained = measure_latents(best, data, train_rows, args, device)
+            values |= heldout_latents(trained, heldout)
+            best.calibrate(*trained)
             if distributed.is_main():
                 facts = {"window": args.window, "split": asdict(split), "step": step}
                 checkpoint.save_model(run.folder / "vae_best.pth", best, run.lineage, **facts)
+        run.log(step, values, "val")
+        run.warn(latent_warnings(heldout[1], noise_std))
+        run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
+        run.warn(discriminator_warnings(float(disc_level)))
         run.end_validation(step)
 
     # Train.
@@ -159,8 +189,13 @@ def main(args: argparse.Namespace) -> None:
     for step in run.steps():
         adversarial = critic is not None and step > args.disc_start
         for part in range(args.grad_accum):
-            x = next(loader)["image"].to(device, non_blocking=True)
-            noise = item_noise(args.seed, "vae", step, batches.positions(part), latent_shape)
+            positions = batches.positions(part)
+            offsets = item_uniform(args.seed, "shift", step, positions, 2) * (
+                2 * args.max_shift + 1
+            )
+            x = shift_slices(next(loader)["image"], offsets.long() - args.max_shift)
+            x = x.to(device, non_blocking=True)
+            noise = item_noise(args.seed, "vae", step, positions, latent_shape)
             sync = part + 1 == args.grad_accum
 
             # The autoencoder.
@@ -187,6 +222,7 @@ def main(args: argparse.Namespace) -> None:
                         real, fake = critic(torch.cat([x, recon.detach()])).chunk(2)
                     disc_loss = discriminator_loss(real, fake)
                     scaler.scale(disc_loss / args.grad_accum).backward()
+                disc_level.lerp_(disc_loss.detach(), 0.01)
                 run.average(disc_loss=disc_loss, disc_weight=weight)
 
         # Step.
@@ -210,8 +246,8 @@ def choose_perceptual(name: str, have_lpips: bool) -> str:
     if name == "lpips" and not have_lpips:
         raise ValueError(f"--perceptual lpips: {message}")
     if name == "auto" and not have_lpips and distributed.is_main():
-        print(f"--perceptual auto is the gradient loss. {message}", flush=True)
-    return name if name != "auto" else "lpips" if have_lpips else "gradient"
+        print(f"--perceptual auto is the structural loss. {message}", flush=True)
+    return name if name != "auto" else "lpips" if have_lpips else "structural"
 
 
 @torch.no_grad()
@@ -223,16 +259,24 @@ def validate(
     lpips: nn.Module | None,
     run: Run,
     step: int,
-) -> dict[str, float]:
-    """Reconstruct the held-out slices, shared over ranks; log the means and write the panel."""
+) -> tuple[dict[str, float], tuple[Tensor, Tensor], Tensor]:
+    """Reconstruct the held-out slices, shared over ranks, and write the panel.
+
+    Returns mean metrics; mean and standard deviation (C,) of the latents; and their noise's.
+    """
     mine = [rows[i] for i in distributed.share(len(rows))]
     totals: dict[str, float] = {}
+    sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=run.device)
     for batch in load_batches(data, chunks(mine, BATCH), 0):
         x = batch["image"].to(run.device)
-        recon = reconstruct(vae, x)
+        posterior = vae.encode(x)
+        recon = clipped(vae.decode(posterior.mean))
         values = {"loss": loss(recon, x), **reconstruction_metrics(recon, x, lpips)}
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())
+        mean = posterior.mean.double()
+        parts = torch.stack([mean, mean.square(), posterior.logvar.double().exp()])
+        sums += parts.sum(dim=(1, 3, 4))
     parts = distributed.gather(totals)
     names = dict.fromkeys(name for part in parts for name in part)
     values = {name: sum(part.get(name, 0.0) for part in parts) / len(rows) for name in names}
@@ -242,8 +286,9 @@ def validate(
         path = run.folder / "samples" / f"step_{step:07d}.png"
         write_reconstructions(path, x[:, 0].numpy(), recon[:, 0].numpy())
         run.picture(step, "reconstructions", path)
-    run.log(step, values, "val")
-    return values
+    count = len(rows) * vae.config["latent_size"] ** 2
+    sums = distributed.sum_over_ranks(sums)
+    return values, moments(sums[:2], count), (sums[2] / count).sqrt().float()
 
 
 @torch.no_grad()
@@ -256,9 +301,8 @@ def measure_latents(
     sums = torch.zeros(2, args.latent_dim, dtype=torch.float64, device=device)
     for batch in load_batches(data, chunks(mine, BATCH), args.num_workers):
         mean = vae.encode(batch["image"].to(device)).mean.double()
-        sums += torch.stack([mean.sum(dim=(0, 2, 3)), mean.square().sum(dim=(0, 2, 3))])
-    sums = distributed.sum_over_ranks(sums) / (len(picked) * args.latent_size**2)
-    return sums[0].float(), (sums[1] - sums[0].square()).clamp(min=0).sqrt().float()
+        sums += torch.stack([mean, mean.square()]).sum(dim=(1, 3, 4))
+    return moments(distributed.sum_over_ranks(sums), len(picked) * args.latent_size**2)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,21 @@ class CTDataset(Dataset):
         return self.facts.pixel_spacing * sides.pop() / self.image_size
 
 
+def shift_slices(x: Tensor, offsets: Tensor) -> Tensor:
+    """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, offsets (N, 2) down and right.
+
+    Nothing is interpolated, so that texture stays as it is; what comes in is air, -1.
+    """
+    height, width = x.shape[2:]
+    moved = torch.full_like(x, -1.0)
+    for source, target, (down, right) in zip(x, moved, offsets.tolist(), strict=True):
+        kept = source[:, max(0, -down) : height - max(0, down)]
+        kept = kept[:, :, max(0, -right) : width - max(0, right)]
+        top, left = max(0, down), max(0, right)
+        target[:, top : top + kept.shape[1], left : left + kept.shape[2]] = kept
+    return moved
+
+
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
     """Batches of a dataset in the order given; `workers` processes decode ahead of their use."""
     return DataLoader(

@@ -53,15 +53,30 @@ def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
 def reconstruction_metrics(
     x: Tensor, y: Tensor, lpips: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """How well y renders x, image by image: psnr in dB (infinite for equal images), ssim, lpips.
+    """How well x renders y, image by image: psnr in dB (infinite for equal images), ssim, lpips.
 
+    And what these hide: brightness, the difference of their means; contrast and sharpness, the
+    ratios of standard deviation and of mean gradient, 1 where x is as sharp as y.
     x, y: (N, 1, H, W) in [-1, 1]. Returns (N,) tensors; `lpips` only if its network is given.
     """
-    mse = (x.float() - y.float()).square().mean(dim=(1, 2, 3))
-    metrics = {"psnr": 10 * torch.log10(4 / mse), "ssim": ssim_per_image(x, y)}
+    x, y = x.float(), y.float()
+    dims = (1, 2, 3)
+    mse = (x - y).square().mean(dim=dims)
+    metrics = {
+        "psnr": 10 * torch.log10(4 / mse),
+        "ssim": ssim_per_image(x, y),
+        "brightness": (x - y).mean(dim=dims),
+        "contrast": x.std(dim=dims) / y.std(dim=dims).clamp(min=1e-6),
+        "sharpness": mean_gradient(x) / mean_gradient(y).clamp(min=1e-6),
+    }
     if lpips is not None:
         metrics["lpips"] = lpips(x, y)
     return metrics
+
+
+def mean_gradient(x: Tensor) -> Tensor:
+    """Mean length of the gradient of images (N, 1, H, W), per pixel -> (N,)."""
+    return torch.hypot(x.diff(dim=2)[..., :-1], x.diff(dim=3)[..., :-1, :]).mean(dim=(1, 2, 3))
 
 
 def missing_on_a_rank(names: Iterable[str]) -> dict[str, str]:

@@ -398,6 +398,11 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Print what goes wrong, with its remedy, a line each."""
+        for warning in warnings:
+            self.say(f"WARNING: {warning}")
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

@@ -1,16 +1,18 @@
 """The VAE: a 2D slice to a small latent and back (Kingma & Welling 2013; Rombach et al. 2022).
 
 Pixels are moved into channels first (pixel-unshuffle), since work at full resolution is what
-costs; 256x256 becomes (8, 16, 16) at the defaults.
+costs; 256x256 becomes (8, 16, 16) at the defaults. An untrained VAE is a truncated cosine transform
+(Ahmed et al. 1974; JPEG's), so that training adds what is not linear to a code that works.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fibldm.layers import Downsample, ResBlock, SelfAttention, Upsample, group_norm
+from fibldm.layers import Downsample, ResBlock, SelfAttention, group_norm, zero_init
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
@@ -34,11 +36,29 @@ class DiagonalGaussian(NamedTuple):
         return elements.sum(dim=(1, 2, 3)).mean()
 
 
+def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """The lowest `count` patterns of the 2D cosine transform of size x size pixels, and gains.
+
+    Returns orthonormal patterns (k, size, size), k = min(count, size^2), and gains (k, 1, 1):
+    images' amplitude falls about as 1 / frequency, so that coefficient * gain is of order 1 in
+    every channel.
+    """
+    frequencies = sorted(
+        ((i, j) for i in range(size) for j in range(size)), key=lambda f: (math.hypot(*f), f)
+    )[:count]
+    phase = (torch.arange(size) + 0.5) * (math.pi / size)
+    waves = torch.stack([torch.cos(k * phase) for k in range(size)])
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    patterns = torch.stack([torch.outer(waves[i], waves[j]) for i, j in frequencies])
+    gains = torch.tensor([(math.hypot(i, j) + 0.25) * 8 / size for i, j in frequencies])
+    return patterns, gains[:, None, None]
+
+
 class Encoder(nn.Module):
     """(N, 1, H, W) -> moments (N, 2C, h, w): the network's, and for the mean a linear shortcut.
 
-    What is linear in a slice (most of its energy) passes the shortcut and is learnt at once; the
-    network adds the rest.
+    The shortcut starts as a cosine transform and the network at zero, so that what is linear in a
+    slice (most of its energy) need not be learnt; the network adds the rest.
     """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
@@ -58,12 +78,16 @@ class Encoder(nn.Module):
             ResBlock(widths[-1], widths[-1]),
             group_norm(widths[-1]),
             nn.SiLU(),
-            nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1),
+            zero_init(nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1)),
         ]
         self.network = nn.Sequential(*layers)
 
         # Start with little posterior noise: it hides the signal that is to be learnt first.
         nn.init.constant_(self.network[-1].bias[latent_dim:], INITIAL_LOGVAR)
+        patterns, gains = cosine_basis(factor, latent_dim)
+        with torch.no_grad():
+            self.shortcut.weight[: len(patterns), 0] = gains * patterns
+            self.shortcut.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Slices (N, 1, H, W) -> mean and log-variance, stacked, (N, 2C, h, w)."""
@@ -72,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(N, C, h, w) -> (N, 1, H, W), with a linear shortcut as the encoder's.
+    """(N, C, h, w) -> (N, 1, H, W), with a linear shortcut that starts as the encoder's inverse.
 
     The network's last convolution, at full resolution, hides the borders of patches.
     """
@@ -91,15 +115,19 @@ class Decoder(nn.Module):
         for i, width in reversed(list(enumerate(widths))):
             layers += [ResBlock(width, width) for _ in range(blocks)]
             if i > 0:
-                layers.append(Upsample(width, widths[i - 1]))
+                layers += [nn.Conv2d(width, widths[i - 1], 1), nn.Upsample(scale_factor=2)]
         layers += [
             group_norm(widths[0]),
             nn.SiLU(),
             nn.Conv2d(widths[0], 8 * patch * patch, 3, padding=1),
             nn.PixelShuffle(patch),
-            nn.Conv2d(8, 1, 3, padding=1),
+            zero_init(nn.Conv2d(8, 1, 3, padding=1)),
         ]
         self.network = nn.Sequential(*layers)
+        patterns, gains = cosine_basis(factor, latent_dim)
+        inverse = zero_init(self.shortcut[0])
+        with torch.no_grad():
+            inverse.weight[:, : len(patterns), 1, 1] = (patterns / gains).flatten(1).T
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents (N, C, h, w) -> slices (N, 1, H, W), fp32."""
@@ -121,8 +149,8 @@ class VAE(nn.Module):
         image_size: int = 256,
         latent_size: int = 16,
         latent_dim: int = 8,
-        base_channels: int = 96,
-        blocks: int = 2,
+        base_channels: int = 64,
+        blocks: int = 1,
     ) -> None:
         super().__init__()
         self.config = {
@@ -181,6 +209,11 @@ class VAE(nn.Module):
         self.latent_gain /= std * LATENT_SCALE
 
 
+def clipped(x: Tensor) -> Tensor:
+    """Decoded slices, clipped to [-1, 1]: the window has nothing beyond."""
+    return F.hardtanh(x)
+
+
 def reconstruct(vae: VAE, x: Tensor) -> Tensor:
     """Slices (N, 1, H, W) through the posterior's mean and back, clipped to [-1, 1]."""
-    return F.hardtanh(vae.decode(vae.encode(x).mean))
+    return clipped(vae.decode(vae.encode(x).mean))

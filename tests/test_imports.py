@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "dicom": set(),
     "lungs": set(),
     "inspection": {"ct", "lungs"},
+    "diagnosis": {"inspection"},
     "metrics": {"distributed", "features", "scores"},
     "features": {"distributed"},
     "scores": set(),

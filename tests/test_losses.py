@@ -3,18 +3,34 @@
 import pytest
 import torch
 
-from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, gradient_loss
+from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, structural_loss
 
 
-def test_gradient_loss_sees_edges_and_not_brightness():
+def test_structural_loss_sees_edges_and_hardly_brightness():
     x = torch.zeros(2, 1, 16, 16)
-    assert torch.equal(gradient_loss(x, x), torch.zeros(2))
-    assert torch.allclose(gradient_loss(x, x + 0.5), torch.zeros(2), atol=1e-6)
+    assert torch.equal(structural_loss(x, x), torch.zeros(2))
     stripes = x.clone()
     stripes[0, :, :, ::2] = 1.0
-    loss = gradient_loss(stripes, x)
-    assert loss[0] == pytest.approx(1.0)  # |difference| 1 along one axis; pooling removes the rest
-    assert loss[1] == 0
+    loss = structural_loss(stripes, x)
+    # |difference| 1 along one axis, which pooling removes, and 0.1 (1 - SSIM) at two scales.
+    assert 1.0 < loss[0] < 1.2 and loss[1] == 0
+    assert structural_loss(x, x + 0.1)[0] < 0.2 * loss[0]
+
+
+def test_structural_loss_tells_blur_from_noise_free_copies_at_equal_error():
+    """L1 alone can't: the same error spread evenly, or at the texture's frequency."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.3 * torch.randn(1, 1, 64, 64, generator=generator)
+    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    shifted = x + (x - blurred).abs().mean()
+    assert (x - shifted).abs().mean() == pytest.approx(float((x - blurred).abs().mean()), rel=1e-4)
+    assert structural_loss(x, blurred) > 3 * structural_loss(x, shifted)
+
+
+def test_structural_loss_has_finite_gradients_also_for_equal_flat_images():
+    x = torch.full((2, 1, 24, 24), -1.0, requires_grad=True)
+    structural_loss(x, torch.full((2, 1, 24, 24), -1.0)).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_hinge_loss():

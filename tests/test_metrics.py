@@ -222,7 +222,8 @@ def test_psnr_and_ssim_are_those_of_skimage():
     # A frame of air, as around a body: at the very border the libraries pad in different ways.
     x, y = (nn.functional.pad(image, [12] * 4, value=-1) for image in (x, y))
     found = metrics.reconstruction_metrics(x, y)
-    assert set(found) == {"psnr", "ssim"} and found["psnr"].shape == (3,)
+    names = {"psnr", "ssim", "brightness", "contrast", "sharpness"}
+    assert set(found) == names and found["psnr"].shape == (3,)
     for i in range(3):
         a, b = x[i, 0].numpy().astype(np.float64), y[i, 0].numpy().astype(np.float64)
         assert float(found["psnr"][i]) == pytest.approx(

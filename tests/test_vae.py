@@ -105,6 +105,31 @@ def test_any_sizes_that_divide(image_size, latent_size):
     assert not torch.equal(recon[0], recon[1])
 
 
+def test_the_untrained_vae_is_a_truncated_cosine_transform():
+    """Of the frequencies it has channels for, all come back; of others, nothing."""
+    from scipy.fft import idctn
+
+    vae = VAE(32, 4, 6, base_channels=8, blocks=1)
+    for frequency, kept in (((0, 0), True), ((1, 1), True), ((0, 2), True), ((3, 4), False)):
+        coefficients = torch.zeros(8, 8)
+        coefficients[frequency] = 1.0
+        patch = torch.from_numpy(idctn(coefficients.numpy(), norm="ortho")).float()
+        x = patch.repeat(4, 4)[None, None]
+        expected = x if kept else torch.zeros_like(x)
+        torch.testing.assert_close(vae.decode(vae.encode(x).mean), expected, atol=1e-5, rtol=0)
+
+
+def test_its_latents_start_at_about_unit_scale():
+    """On an image whose amplitude falls as 1 / frequency, as natural ones' does."""
+    at = torch.fft.fftfreq(256) * 256
+    radius = torch.hypot(at[:, None], at[None]).clamp(min=1)
+    noise = torch.fft.fft2(normal(8, 1, 256, 256))
+    x = torch.fft.ifft2(noise / radius).real
+    x = 0.5 * x / x.std()  # as of CT in [-1, 1]
+    std = VAE(base_channels=8).encode(x).mean.std(dim=(0, 2, 3))
+    assert (std > 0.2).all() and (std < 2).all()
+
+
 @pytest.mark.parametrize("base_channels", [5, 100])
 def test_any_width(base_channels):
     vae = VAE(32, 4, 3, base_channels, blocks=1)

@@ -1,0 +1,586 @@
+"""The VAE beside diffusers', MONAI's and a plain one: speed, memory, held-out quality.
+
+All get the same slices, split by patient, the same optimizer and the same batches; training time
+is counted on the CPU as core-minutes of the process, so that other load on the machine does not
+count. `speed` measures in turn in one run; `train` trains one model and goes on where it was
+stopped; `table` prints what was found and draws curves. Pictures of patients (panels) go into
+--out alone: they must not be published.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fibldm.ct import DEFAULT_WINDOW, hu_to_unit, unit_to_hu, write_atomically
+from fibldm.datasets import CTDataset, Split, read_table, shift_slices
+from fibldm.disease import noise_power
+from fibldm.ema import EMA
+from fibldm.metrics import load_lpips
+from fibldm.panels import grey, write_panel
+from fibldm.phantom import phantom_slice
+from fibldm.training import Batches, Precision, item_noise, item_uniform, replace_text
+from fibldm.vae import VAE
+
+HERE = Path(__file__).resolve().parent
+SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
+HELD_OUT = 40  # patients, the first by a hash of their names
+COUNTS = [100, 200, 300, 400, 600, 800, *(k * 2**i for i in range(10) for k in (1200, 1600))]
+PANEL = 6  # held-out slices, evenly spaced
+UPPER = slice(4, 8)  # of the noise power's 8 rings: from half the Nyquist frequency
+
+
+class Ours(nn.Module):
+    """This project's VAE at its defaults."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.vae = VAE(SIZE, LATENT, channels)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self.vae.encode(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z)
+
+
+class Diffusers(nn.Module):
+    """AutoencoderKL of diffusers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        levels = len(WIDTHS)
+        self.vae = AutoencoderKL(
+            *(1, 1, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, WIDTHS),
+            *(1, "silu", channels, 32, SIZE),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z).sample
+
+
+class Monai(nn.Module):
+    """AutoencoderKL of MONAI."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        from monai.networks.nets import AutoencoderKL
+
+        levels = len(WIDTHS)
+        self.vae = AutoencoderKL(
+            *(2, 1, 1, (1,) * levels, WIDTHS, (False,) * levels, channels),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.vae.encode(x)
+        return mean, 2 * std.log()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z)
+
+
+class Plain(nn.Module):
+    """Four strided 4x4 convolutions with ReLU, mirrored: what such projects start from."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        down = [1, 64, 128, 256, 2 * channels]
+        up = [channels, 256, 128, 64, 1]
+        self.encoder, self.decoder = (
+            nn.Sequential(
+                *(
+                    layer
+                    for i in range(4)
+                    for layer in (kind(widths[i], widths[i + 1], 4, 2, 1), nn.ReLU())
+                )
+            )[:-1]
+            for kind, widths in ((nn.Conv2d, down), (nn.ConvTranspose2d, up))
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x).chunk(2, dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "ours": Ours,
+    "diffusers": Diffusers,
+    "monai": Monai,
+    "plain": Plain,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "train", "table"))
+    ct = os.environ.get("FIBLDM_CT") or HERE.parents[1] / "shared" / "ct"
+    parser.add_argument("--ct", type=Path, default=Path(ct), help="folder of real CT, with lungs/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results; resumed")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--channels", type=int, default=8, help="of the latent")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="of training a model: core-minutes on a CPU"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="of measuring speed, in turn")
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement of speed")
+    args = parser.parse_args(argv)
+    if not (args.ct / "lungs" / "label.csv").is_file():
+        parser.error(f"--ct {args.ct}: no lungs/label.csv there (or set FIBLDM_CT)")
+    args.seed, args.grad_accum, args.steps = 0, 1, 10**9
+    return args
+
+
+def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Training slices (N, 1, S, S) in [-1, 1], held-out ones, and the lungs of these.
+
+    Writes the split into OUT/label.csv, which train_vae.py takes as well.
+    """
+    source = args.ct / "lungs"
+    rows, _ = read_table(source / "label.csv", source, Split(0, 0.5, 0.0))
+    names = sorted({r.patient_id for r in rows}, key=lambda n: hashlib.sha256(n.encode()).digest())
+    held = set(names[:HELD_OUT])
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "label.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "contour", "patient_id", "split"])
+        for r in rows:
+            split = "val" if r.patient_id in held else "train"
+            writer.writerow([r.image, r.contour, r.patient_id, split])
+    rows, _ = read_table(args.out / "label.csv", source, Split())
+    data = CTDataset(rows, source, source, SIZE)
+
+    def stack(split: str, name: str) -> Tensor:
+        return torch.stack([data[i][name] for i in data.indices(split)])
+
+    return stack("train", "image"), stack("val", "image"), stack("val", "contour").numpy()[:, 0]
+
+
+def make(name: str, args: argparse.Namespace, layout: str = "channels_last") -> nn.Module:
+    torch.manual_seed(args.seed)
+    model = MODELS[name](args.channels).to(args.device, memory_format=getattr(torch, layout))
+    if args.compile:
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
+    return model
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def train_step(
+    name: str, model: nn.Module, optimizer, x: Tensor, noise: Tensor, precision: Precision
+) -> float:
+    """One step on x: L1 + KL, for the plain VAE mean squared error + KL. Returns the first."""
+    with precision.autocast():
+        mean, logvar = model.encode(x)
+        recon = model.decode(mean + torch.exp(0.5 * logvar) * noise)
+        error = recon.float() - x
+        loss = error.square().mean() if name == "plain" else error.abs().mean()
+        mean, logvar = mean.float(), logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
+    (loss + 1e-6 * kl).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def clock(args: argparse.Namespace) -> float:
+    """Seconds: of all cores of this process on a CPU, of the wall on a GPU."""
+    if args.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# Speed and memory.
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    """Images/s of train, encode and decode by wall-clock, medians over rounds in turn; memory."""
+    train, _, _ = load_slices(args)
+    precision = Precision(args.precision, torch.device(args.device))
+    found: dict[str, dict] = {}
+    layouts = ("contiguous_format", "channels_last")
+    for round_number in range(args.rounds):
+        for name in args.models:
+            for layout in layouts:
+                key = f"{name} {layout}"
+                if round_number == 0:
+                    found[key] = {"train": [], "encode": [], "decode": []}
+                for task, rate in rates(name, layout, train, precision, args).items():
+                    found[key][task].append(rate)
+                print(round_number, key, {k: round(v[-1], 2) for k, v in found[key].items()})
+    result = {}
+    for name in args.models:
+        medians = {
+            task: {la: statistics.median(found[f"{name} {la}"][task]) for la in layouts}
+            for task in ("train", "encode", "decode")
+        }
+        best = max(layouts, key=lambda la: medians["train"][la])
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory = pool.apply(measure_memory, (name, best, args))
+        result[name] = {
+            "parameters": sum(p.numel() for p in make(name, args).parameters()),
+            "layout": best,
+            "memory": memory,
+            **{task: max(values.values()) for task, values in medians.items()},
+            "all": {key: found[key] for key in found if key.startswith(f"{name} ")},
+        }
+    replace_text(args.out / f"speed_{args.precision}.json", json.dumps(result, indent=2))
+    print(speed_table(args))
+
+
+def rates(
+    name: str, layout: str, train: Tensor, precision: Precision, args: argparse.Namespace
+) -> dict[str, float]:
+    model = make(name, args, layout)
+    optimizer = make_optimizer(model, args)
+    x = train[: args.batch_size].to(args.device, memory_format=getattr(torch, layout))
+    noise = torch.randn(len(x), args.channels, LATENT, LATENT, device=args.device)
+
+    @torch.no_grad()
+    def inference(function: Callable[[Tensor], object], value: Tensor) -> Callable[[], object]:
+        def call() -> object:
+            with torch.no_grad(), precision.autocast():
+                return function(value)
+
+        return call
+
+    tasks = {
+        "train": lambda: train_step(name, model, optimizer, x, noise, precision),
+        "encode": inference(model.encode, x),
+        "decode": inference(model.decode, noise),
+    }
+    return {task: args.batch_size * repeats(call, args) for task, call in tasks.items()}
+
+
+def repeats(call: Callable[[], object], args: argparse.Namespace) -> float:
+    """Calls a second, by the wall."""
+    call()
+    clock(args)
+    start, count = time.perf_counter(), 0
+    while count < 2 or time.perf_counter() - start < args.seconds:
+        call()
+        count += 1
+        if count % 8 == 0:
+            clock(args)
+    clock(args)
+    return count / (time.perf_counter() - start)
+
+
+def measure_memory(name: str, layout: str, args: argparse.Namespace) -> float:
+    """GiB at the peak of three training steps, above the process before the model was made."""
+    torch.set_num_threads(args.threads)
+    cpu = args.device == "cpu"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if cpu else 0
+    model, precision = (
+        make(name, args, layout),
+        Precision(args.precision, torch.device(args.device)),
+    )
+    optimizer = make_optimizer(model, args)
+    x = torch.zeros(args.batch_size, 1, SIZE, SIZE, device=args.device)
+    x = x.to(memory_format=getattr(torch, layout))
+    noise = torch.zeros(args.batch_size, args.channels, LATENT, LATENT, device=args.device)
+    for _ in range(3):
+        train_step(name, model, optimizer, x, noise, precision)
+    if cpu:
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+# Quality.
+
+
+def train_model(name: str, args: argparse.Namespace) -> None:
+    """Train within the budget; a row of OUT/NAME.jsonl at each of COUNTS and at the end."""
+    train, held, lungs = load_slices(args)
+    device, lpips = torch.device(args.device), load_lpips(torch.device(args.device))
+    precision = Precision(args.precision, device)
+    model = make(name, args)
+    ema, optimizer = EMA(model, 0.999), make_optimizer(model, args)
+    title = name if args.channels == 8 else f"{name}_{args.channels}"
+    file, state = args.out / f"{title}.jsonl", args.out / f"{title}.pth"
+    step, seconds, rows = 0, 0.0, []
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, seconds, rows = saved["step"], saved["seconds"], saved["rows"]
+    if seconds >= 60 * args.minutes:
+        return print(f"{title}: has had {seconds / 60:.1f} minutes")
+    order = Batches(range(len(train)), args, 0)
+    while seconds < 60 * args.minutes:
+        start = clock(args)
+        step += 1
+        positions = range(args.batch_size)
+        x = train[[order.row((step - 1) * args.batch_size + p) for p in positions]]
+        offsets = item_uniform(args.seed, "shift", step, positions, 2)
+        x = shift_slices(x, (offsets * 33 - 16).floor().long()).to(device)
+        noise = item_noise(args.seed, "vae", step, positions, (args.channels, LATENT, LATENT)).to(
+            device
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, step / 30)
+        x = x.contiguous(memory_format=torch.channels_last)
+        loss = train_step(name, model, optimizer, x, noise, precision)
+        ema.update(model)
+        seconds += clock(args) - start
+        images = step * args.batch_size
+        if images in COUNTS or seconds >= 60 * args.minutes:
+            recon = reconstruct(ema.model, held, precision, device)
+            row = {"images": images, "minutes": seconds / 60, "loss": loss}
+            row |= measure(recon, held, lungs, lpips)
+            rows.append(row)
+            content = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
+            content |= {"optimizer": optimizer.state_dict(), "seconds": seconds, "rows": rows}
+            write_atomically(state, lambda path: torch.save(content, path))
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            print(title, {key: round(value, 4) for key, value in row.items()}, flush=True)
+    np.save(args.out / f"{title}_panel.npy", recon[picked(len(held))].numpy())
+    np.save(
+        args.out / f"{title}_phantoms.npy", reconstruct(ema.model, phantoms(), precision, device)
+    )
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, x: Tensor, precision: Precision, device: torch.device) -> Tensor:
+    """x (N, 1, S, S) through the posterior's mean and back, clipped to [-1, 1], on the CPU."""
+    parts = []
+    for part in x.split(8):
+        with precision.autocast():
+            parts.append(model.decode(model.encode(part.to(device))[0]).float().cpu())
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def measure(
+    recon: Tensor, x: Tensor, lungs: np.ndarray, lpips: Callable[[Tensor, Tensor], Tensor] | None
+) -> dict[str, float]:
+    """Means over slices x (N, 1, S, S) in [-1, 1] with lungs (N, S, S).
+
+    psnr, ssim, lpips of the window, and `lung_...` of the lungs alone (LPIPS: all else replaced
+    by the original); HU error in the lungs; noise_power and gradient, the ratio of recon's to x's.
+    """
+    inside = torch.from_numpy(lungs > 0)[:, None]
+    area = inside.sum(dim=(1, 2, 3)).clamp(min=1)
+    square = (recon - x).square()
+    _, ssim = structural_similarity_index_measure(
+        recon, x, reduction="none", data_range=2.0, return_full_image=True
+    )
+    hu_error = (unit_to_hu(recon.numpy(), DEFAULT_WINDOW) - unit_to_hu(x.numpy(), DEFAULT_WINDOW))[
+        inside.numpy()
+    ]
+    found = {
+        "psnr": 10 * torch.log10(4 / square.mean(dim=(1, 2, 3))),
+        "ssim": ssim.mean(dim=(1, 2, 3)),
+        "lung_psnr": 10 * torch.log10(4 / ((square * inside).sum(dim=(1, 2, 3)) / area)),
+        "lung_ssim": (ssim * inside).sum(dim=(1, 2, 3)) / area,
+    }
+    if lpips is not None:
+        device = next(lpips.parameters()).device
+        pasted = torch.where(inside, recon, x)
+        for key, image in (("lpips", recon), ("lung_lpips", pasted)):
+            pairs = zip(image.split(8), x.split(8), strict=True)
+            with torch.no_grad():
+                found[key] = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs])
+    power = [mean_noise_power(y, lungs) for y in (recon, x)]
+    slopes = [mean_gradient(y, inside) for y in (recon, x)]
+    return {
+        **{key: float(value.mean()) for key, value in found.items()},
+        "hu_error": float(hu_error.mean()),
+        "hu_error_sd": float(hu_error.std()),
+        "noise_power": float((power[0] / power[1])[UPPER].mean()),
+        "noise_power_all": float((power[0] / power[1]).mean()),
+        "gradient": slopes[0] / slopes[1],
+    }
+
+
+def mean_noise_power(x: Tensor, lungs: np.ndarray) -> np.ndarray:
+    """Noise power spectrum of the lungs, (8,), mean over slices."""
+    hu = unit_to_hu(x[:, 0].numpy(), DEFAULT_WINDOW)
+    return np.nanmean([noise_power(a, b) for a, b in zip(hu, lungs, strict=True)], axis=0)
+
+
+def mean_gradient(x: Tensor, inside: Tensor) -> float:
+    """Mean length of the gradient in the lungs."""
+    length = torch.hypot(x.diff(dim=2)[..., :-1], x.diff(dim=3)[..., :-1, :])
+    return float(length[inside[..., :-1, :-1]].mean())
+
+
+def picked(count: int) -> np.ndarray:
+    return np.linspace(0, count - 1, PANEL).round().astype(int)
+
+
+def phantoms() -> Tensor:
+    """Synthetic slices (PANEL, 1, S, S) with fibrosis, as nobody trained on: for pictures."""
+    cases = [(2 * i + 1, 0.35 + 0.1 * i, 0.4 + 0.12 * i) for i in range(PANEL)]
+    hu = np.stack([phantom_slice(who, level, SIZE, sick)[0] for who, level, sick in cases])
+    return torch.from_numpy(hu_to_unit(hu, DEFAULT_WINDOW))[:, None]
+
+
+# What was found.
+
+
+def speed_table(args: argparse.Namespace) -> str:
+    """Images/s, ratios to the faster peer, and memory, as markdown."""
+    lines = []
+    for precision in ("fp32", "bf16", "fp16"):
+        file = args.out / f"speed_{precision}.json"
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text())
+        tasks = ("train", "encode", "decode")
+        peers = [found[name] for name in ("diffusers", "monai") if name in found]
+        lines += [
+            f"{precision}, batch {args.batch_size}:\n",
+            "| | parameters | format | train, images/s | encode | decode | GiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in found.items():
+            cells = []
+            for task in tasks:
+                ratio = row[task] / max(peer[task] for peer in peers) if peers else float("nan")
+                cells.append(f"{row[task]:.2f} ({ratio:.1f}x)")
+            lines.append(
+                f"| {name} | {row['parameters'] / 1e6:.1f} M | {row['layout']} | "
+                f"{' | '.join(cells)} | {row['memory']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+COLUMNS = {
+    "images": ("images", "{:.0f}"),
+    "minutes": ("minutes", "{:.1f}"),
+    "psnr": ("PSNR, dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "lung_psnr": ("lungs: PSNR", "{:.2f}"),
+    "lung_ssim": ("SSIM", "{:.3f}"),
+    "lung_lpips": ("LPIPS", "{:.4f}"),
+    "hu_error": ("HU error, mean", "{:.1f}"),
+    "hu_error_sd": ("SD", "{:.0f}"),
+    "noise_power": ("noise power, upper half", "{:.2f}"),
+    "noise_power_all": ("all", "{:.2f}"),
+    "gradient": ("gradient", "{:.2f}"),
+}
+
+
+def quality_table(runs: dict[str, list[dict]]) -> str:
+    """At the end of each model's budget, and after as many images as all have seen."""
+    common = set.intersection(*({row["images"] for row in rows} for rows in runs.values()))
+    parts = {"equal time": {name: rows[-1] for name, rows in runs.items()}}
+    if common:
+        same = max(common)
+        parts["equal images"] = {
+            name: next(row for row in rows if row["images"] == same) for name, rows in runs.items()
+        }
+    lines = []
+    for title, rows in parts.items():
+        shown = {key: spec for key, spec in COLUMNS.items() if key in next(iter(rows.values()))}
+        lines.append(f"| {title} | {' | '.join(head for head, _ in shown.values())} |")
+        lines.append("|---" * (len(shown) + 1) + "|")
+        for name, row in rows.items():
+            cells = [form.format(row[key]) for key, (_, form) in shown.items()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """PSNR, lungs' LPIPS and noise power over minutes and over images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = ("psnr", "lpips", "noise_power")
+    figure, axes = pyplot.subplots(len(rows), 2, figsize=(10, 9), sharey="row")
+    for line, key in zip(axes, rows, strict=True):
+        for axis, over in zip(line, ("minutes", "images"), strict=True):
+            for name, points in runs.items():
+                known = [point for point in points if key in point]
+                axis.plot([p[over] for p in known], [p[key] for p in known], label=name)
+            axis.set_xscale("log")
+            axis.set_xlabel("core-minutes" if over == "minutes" else over)
+            axis.set_ylabel(COLUMNS[key][0])
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    """All that OUT holds: tables, curves beside this file, panels in OUT and of phantoms here."""
+    print(speed_table(args))
+    runs = {
+        name: [json.loads(line) for line in (args.out / f"{name}.jsonl").read_text().splitlines()]
+        for name in args.models
+        if (args.out / f"{name}.jsonl").is_file()
+    }
+    if not runs:
+        return
+    print(quality_table(runs))
+    draw_curves(runs, HERE / "vae_curves.png")
+    _, held, _ = load_slices(args)
+    write_panels(args.out / "panel.png", held[picked(len(held))], args, "panel", runs)
+    write_panels(HERE / "vae_phantoms.png", phantoms(), args, "phantoms", runs)
+
+
+def write_panels(
+    path: Path, originals: Tensor, args: argparse.Namespace, kind: str, runs: dict[str, list[dict]]
+) -> None:
+    """One line a slice: the original and each model's reconstruction."""
+    columns = {"original": grey(originals[:, 0].numpy())}
+    for name in runs:
+        file = args.out / f"{name}_{kind}.npy"
+        if file.is_file():
+            columns[name] = grey(np.load(file)[:, 0])
+    write_panel(path, columns, per_line=1)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    if args.what == "speed":
+        return measure_speed(args)
+    if args.what == "train":
+        for name in args.models:
+            train_model(name, args)
+        return None
+    return print_table(args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

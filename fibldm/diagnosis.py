@@ -1,0 +1,99 @@
+"""What is going wrong in a VAE's training: each failure by its name, with what to do about it."""
+
+import numpy as np
+from torch import Tensor
+
+from fibldm.inspection import hu_problem
+
+DROWNED = 0.1  # share of signal in a latent channel's variance, below which it carries nothing
+EXPLODED = 30.0  # standard deviation of a latent channel; at the start of training it is about 1
+WON = 0.1  # hinge loss of the discriminator; 1 where it can't tell at all
+BIAS = 0.02  # of the mean in [-1, 1]: 14 HU at the default window
+FLAT = 0.9  # standard deviation of reconstructions over that of slices
+
+
+def input_warnings(slices: dict[str, np.ndarray]) -> list[str]:
+    """Slices (HU, by name) whose values are not chest CT's: their scale is not as declared."""
+    found = {name: problem for name, hu in slices.items() if (problem := hu_problem(hu))}
+    if not found:
+        return []
+    name, problem = next(iter(found.items()))
+    return [
+        f"{len(found)} of {len(slices)} slices looked at do not have the HU of chest CT, {name}: "
+        f"{problem}. Correct rescale_slope and rescale_intercept in dataset.json, or see what "
+        "scripts/check_data.py says"
+    ]
+
+
+def latent_warnings(std: Tensor, noise_std: Tensor) -> list[str]:
+    """Channels that carry nothing, and latents that grow out of all bounds.
+
+    std, noise_std: (C,), standard deviation of the posterior's mean over slices, and the
+    posterior's own.
+    """
+    signal = std.square() / (std.square() + noise_std.square()).clamp(min=1e-12)
+    warnings = []
+    if dead := [i for i, share in enumerate(signal.tolist()) if not share >= DROWNED]:
+        warnings.append(
+            f"latent channels {dead} have collapsed: at most {DROWNED:.0%} of what the decoder "
+            "gets in them is signal; lower --kl_weight, or take fewer channels (--latent_dim)"
+        )
+    if not (largest := float(std.max())) <= EXPLODED:
+        warnings.append(
+            f"the latent scale explodes: standard deviation {largest:.3g} in a channel, expected "
+            "about 1; raise --kl_weight, or lower --lr"
+        )
+    return warnings
+
+
+def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
+    """Reconstructions of another mean or spread than their slices.
+
+    brightness: mean difference of reconstruction and slice, in [-1, 1]; contrast: ratio of their
+    standard deviations.
+    """
+    warnings = []
+    if not abs(brightness) <= BIAS:
+        warnings.append(
+            f"reconstructions are {'darker' if brightness < 0 else 'brighter'} than their slices "
+            f"by {abs(brightness) / 2:.1%} of the window, expected at most {BIAS / 2:.1%}; train "
+            "longer, or lower --perceptual_weight and --disc_weight"
+        )
+    if not contrast >= FLAT:
+        warnings.append(
+            f"reconstructions are flatter than their slices: {contrast:.2f} times their standard "
+            f"deviation, expected {FLAT:g} and more; train longer, or lower --kl_weight"
+        )
+    return warnings
+
+
+def discriminator_warnings(loss: float) -> list[str]:
+    """A discriminator that tells every patch, so that the VAE learns nothing from it."""
+    if loss >= WON:
+        return []
+    return [
+        f"the discriminator has won: its loss is {loss:.3f}, of 1 where it can tell nothing; its "
+        "gradients now teach noise. Lower --disc_weight, or start it later (--disc_start)"
+    ]
+
+
+def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) from the sums of values and of squares (2, C), float64."""
+    mean, square = sums / count
+    return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
+
+
+def heldout_latents(
+    train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Worst channel of held-out latents that are made standard by the moments of training slices.
+
+    train, heldout: mean and standard deviation (C,). `latent_mean`, expected 0, and
+    `latent_variance`, expected 1: those that are furthest from it.
+    """
+    mean = (heldout[0] - train[0]) / train[1]
+    variance = (heldout[1] / train[1]).square()
+    return {
+        "latent_mean": float(mean[mean.abs().argmax()]),
+        "latent_variance": float(variance[(variance - 1).abs().argmax()]),
+    }
