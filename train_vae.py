@@ -24,6 +24,7 @@ from fibldm.diagnosis import (
 from fibldm.ema import EMA
 from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, structural_loss
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
+from fibldm.muon import Muon
 from fibldm.panels import write_reconstructions
 from fibldm.training import (
     Batches,
@@ -37,6 +38,7 @@ from fibldm.training import (
     make_parser,
     optimizer_step,
     positive,
+    positive_float,
     run_script,
 )
 from fibldm.vae import VAE, clipped, reconstruct
@@ -75,9 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--latent_size", type=positive, default=16, help="must divide --image_size")
     model.add_argument("--latent_dim", type=positive, default=8, help="channels of the latent")
     model.add_argument(
-        "--base_channels", type=positive, default=64, help="width at the first level"
+        "--base_channels", type=positive, default=48, help="width at the first level"
     )
-    model.add_argument("--blocks", type=positive, default=1, help="residual blocks a level")
+    model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
     losses = parser.add_argument_group("losses")
     losses.add_argument(
         "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
@@ -89,8 +91,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     losses.add_argument("--perceptual_weight", type=float, default=0.1, help="beside L1")
     losses.add_argument("--disc_weight", type=float, default=0.1, help="0: no discriminator")
     losses.add_argument("--disc_start", type=int, default=5000, help="step it sets in after")
+    losses.add_argument(
+        "--disc_lr", type=positive_float, default=2e-4, help="learning rate of the discriminator"
+    )
     add_training_options(
-        parser, steps=20_000, batch_size=16, lr=2e-4, warmup_steps=200, ema_decay=0.999,
+        parser, steps=20_000, batch_size=16, lr=2e-3, warmup_steps=200, ema_decay=0.999,
         save_interval=500, val_interval=1000,
     )  # fmt: skip
     add_machine_options(parser)
@@ -132,12 +137,13 @@ def main(args: argparse.Namespace) -> None:
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
     vae.to(device, memory_format=torch.channels_last)
     ema = EMA(vae, args.ema_decay)
-    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = Muon(vae, args.lr)
     scaler = precision.scaler()
     parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     if args.disc_weight > 0:
         discriminator = PatchDiscriminator().to(device)
-        disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, betas=(0.5, 0.9))
+        weights = discriminator.parameters()
+        disc_optimizer = torch.optim.AdamW(weights, args.disc_lr, betas=(0.5, 0.9))
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
     lpips = load_lpips(device) if have_lpips else None
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]

@@ -1,10 +1,12 @@
 """The VAE beside diffusers', MONAI's and a plain one: speed, memory, held-out quality.
 
-All get the same slices, split by patient, the same optimizer and the same batches; training time
-is counted on the CPU as core-minutes of the process, so that other load on the machine does not
-count. `speed` measures in turn in one run; `train` trains one model and goes on where it was
-stopped; `table` prints what was found and draws curves. Pictures of patients (panels) go into
---out alone: they must not be published.
+All get the same slices, split by patient, in the same batches, and the same loss, mean squared
+error + KL. Ours is trained by Muon, as train_vae.py does, the others by AdamW; plain_muon, the
+plain one by Muon, tells the network's part from the optimizer's. Training time is counted on a CPU
+as core-minutes of the process, so that other load on the machine does not count. `speed` measures
+in turn in one run; `train` trains one model and goes on where it was stopped; `table` prints what
+was found and draws curves. Pictures of patients (panels) go into --out alone: they must not be
+published.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +35,11 @@ from fibldm.datasets import CTDataset, Split, read_table, shift_slices
 from fibldm.disease import noise_power
 from fibldm.ema import EMA
 from fibldm.metrics import load_lpips
+from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.training import Batches, Precision, item_noise, item_uniform, replace_text
-from fibldm.vae import VAE
+from fibldm.vae import VAE, Decoder, Encoder
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
@@ -46,17 +50,48 @@ UPPER = slice(4, 8)  # of the noise power's 8 rings: from half the Nyquist frequ
 
 
 class Ours(nn.Module):
-    """This project's VAE at its defaults."""
+    """This project's VAE at its defaults, or with other networks."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, patch: int = 0, widths: list[int] = (), blocks: int = 2
+    ) -> None:
         super().__init__()
         self.vae = VAE(SIZE, LATENT, channels)
+        if patch:
+            self.vae.encoder = Encoder(patch, list(widths), blocks, channels)
+            self.vae.decoder = Decoder(patch, list(widths), blocks, channels)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(self.vae.encode(x))
 
     def decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(z)
+
+
+class RandomStart(Ours):
+    """With PyTorch's initialization of the shortcut instead of the cosine transform."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.vae.encoder.shortcut.reset_parameters()
+        self.vae.decoder.shortcut[0].reset_parameters()
+
+
+class Haar(Ours):
+    """Two levels of the Haar transform, and back, where pixels move into channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        pairs = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+        first = torch.kron(torch.eye(2), pairs)  # of 4 pixels in a row: sums and differences
+        row = torch.cat([pairs @ first[::2], first[1::2]])
+        basis = torch.kron(row, row)[:, :, None, None]  # orthonormal, (16, 16)
+        there, back = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(128, 128, 1, bias=False, groups=8)
+        there.weight = nn.Parameter(basis, requires_grad=False)
+        back.weight = nn.Parameter(basis.transpose(0, 1).repeat(8, 1, 1, 1), requires_grad=False)
+        encoder, decoder = self.vae.encoder.network, self.vae.decoder.network
+        encoder[0] = nn.Sequential(encoder[0], there)
+        decoder[-2] = nn.Sequential(back, decoder[-2])
 
 
 class Diffusers(nn.Module):
@@ -130,7 +165,22 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "diffusers": Diffusers,
     "monai": Monai,
     "plain": Plain,
+    "plain_muon": Plain,
 }
+LEVERS: dict[str, Callable[[int], nn.Module]] = {
+    "ours_as_it_is": Ours,
+    "by_adamw": Ours,
+    "random_start": RandomStart,
+    "haar": Haar,
+    "patch_2": partial(Ours, patch=2, widths=(24, 48, 96, 192), blocks=2),
+    "patch_8": partial(Ours, patch=8, widths=(96, 192), blocks=2),
+    "wide_above": partial(Ours, patch=4, widths=(64, 64, 64), blocks=2),
+    "wide_below": partial(Ours, patch=4, widths=(32, 96, 288), blocks=2),
+    "wider": partial(Ours, patch=4, widths=(96, 192, 384), blocks=1),
+    "shallow": partial(Ours, patch=4, widths=(64, 128, 256), blocks=1),
+    "deep": partial(Ours, patch=4, widths=(40, 80, 160), blocks=3),
+}
+BY_ADAMW = ("diffusers", "monai", "plain", "by_adamw")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -141,14 +191,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ct = os.environ.get("FIBLDM_CT") or HERE.parents[1] / "shared" / "ct"
     parser.add_argument("--ct", type=Path, default=Path(ct), help="folder of real CT, with lungs/")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; resumed")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *LEVERS])
     parser.add_argument("--channels", type=int, default=8, help="of the latent")
     parser.add_argument(
         "--minutes", type=float, default=60, help="of training a model: core-minutes on a CPU"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW")
+    parser.add_argument("--muon_lr", type=float, default=2e-3)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -188,25 +239,32 @@ def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
 
 def make(name: str, args: argparse.Namespace, layout: str = "channels_last") -> nn.Module:
     torch.manual_seed(args.seed)
-    model = MODELS[name](args.channels).to(args.device, memory_format=getattr(torch, layout))
+    model = (MODELS | LEVERS)[name](args.channels).to(
+        args.device, memory_format=getattr(torch, layout)
+    )
     if args.compile:
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     return model
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+def make_optimizer(name: str, model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    if name in BY_ADAMW:
+        return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    return Muon(model, args.muon_lr)
 
 
 def train_step(
-    name: str, model: nn.Module, optimizer, x: Tensor, noise: Tensor, precision: Precision
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    noise: Tensor,
+    precision: Precision,
 ) -> float:
-    """One step on x: L1 + KL, for the plain VAE mean squared error + KL. Returns the first."""
+    """One step on x: mean squared error + KL. Returns the first."""
     with precision.autocast():
         mean, logvar = model.encode(x)
         recon = model.decode(mean + torch.exp(0.5 * logvar) * noise)
-        error = recon.float() - x
-        loss = error.square().mean() if name == "plain" else error.abs().mean()
+        loss = (recon.float() - x).square().mean()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
     (loss + 1e-6 * kl).backward()
@@ -266,11 +324,10 @@ def rates(
     name: str, layout: str, train: Tensor, precision: Precision, args: argparse.Namespace
 ) -> dict[str, float]:
     model = make(name, args, layout)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(name, model, args)
     x = train[: args.batch_size].to(args.device, memory_format=getattr(torch, layout))
     noise = torch.randn(len(x), args.channels, LATENT, LATENT, device=args.device)
 
-    @torch.no_grad()
     def inference(function: Callable[[Tensor], object], value: Tensor) -> Callable[[], object]:
         def call() -> object:
             with torch.no_grad(), precision.autocast():
@@ -279,7 +336,7 @@ def rates(
         return call
 
     tasks = {
-        "train": lambda: train_step(name, model, optimizer, x, noise, precision),
+        "train": lambda: train_step(model, optimizer, x, noise, precision),
         "encode": inference(model.encode, x),
         "decode": inference(model.decode, noise),
     }
@@ -309,12 +366,12 @@ def measure_memory(name: str, layout: str, args: argparse.Namespace) -> float:
         make(name, args, layout),
         Precision(args.precision, torch.device(args.device)),
     )
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(name, model, args)
     x = torch.zeros(args.batch_size, 1, SIZE, SIZE, device=args.device)
     x = x.to(memory_format=getattr(torch, layout))
     noise = torch.zeros(args.batch_size, args.channels, LATENT, LATENT, device=args.device)
     for _ in range(3):
-        train_step(name, model, optimizer, x, noise, precision)
+        train_step(model, optimizer, x, noise, precision)
     if cpu:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     return torch.cuda.max_memory_allocated() / 2**30
@@ -329,7 +386,7 @@ def train_model(name: str, args: argparse.Namespace) -> None:
     device, lpips = torch.device(args.device), load_lpips(torch.device(args.device))
     precision = Precision(args.precision, device)
     model = make(name, args)
-    ema, optimizer = EMA(model, 0.999), make_optimizer(model, args)
+    ema, optimizer = EMA(model, 0.999), make_optimizer(name, model, args)
     title = name if args.channels == 8 else f"{name}_{args.channels}"
     file, state = args.out / f"{title}.jsonl", args.out / f"{title}.pth"
     step, seconds, rows = 0, 0.0, []
@@ -353,9 +410,9 @@ def train_model(name: str, args: argparse.Namespace) -> None:
             device
         )
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, step / 30)
+            group["lr"] = group.setdefault("peak", group["lr"]) * min(1.0, step / 30)
         x = x.contiguous(memory_format=torch.channels_last)
-        loss = train_step(name, model, optimizer, x, noise, precision)
+        loss = train_step(model, optimizer, x, noise, precision)
         ema.update(model)
         seconds += clock(args) - start
         images = step * args.batch_size

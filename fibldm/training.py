@@ -428,9 +428,9 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up to --lr, then constant: a run can be prolonged without changing its past."""
-    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+def learning_rate(step: int, peak: float, args: argparse.Namespace) -> float:
+    """Linear warm-up to the peak, then constant: a run can go on without changing its past."""
+    return peak * min(1.0, step / max(1, args.warmup_steps))
 
 
 def optimizer_step(
@@ -439,9 +439,13 @@ def optimizer_step(
     step: int,
     args: argparse.Namespace,
 ) -> Tensor:
-    """Clip, step at the learning rate of this step, clear; return the norm before clipping."""
+    """Clip, step at this step's learning rate, clear; return the gradients' norm before clipping.
+
+    The optimizer was made with the learning rate that the warm-up ends at.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        peak = group.setdefault("peak", group["lr"])
+        group["lr"] = learning_rate(step, peak, args)
     scaler.unscale_(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)

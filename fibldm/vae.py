@@ -149,8 +149,8 @@ class VAE(nn.Module):
         image_size: int = 256,
         latent_size: int = 16,
         latent_dim: int = 8,
-        base_channels: int = 64,
-        blocks: int = 1,
+        base_channels: int = 48,
+        blocks: int = 2,
     ) -> None:
         super().__init__()
         self.config = {

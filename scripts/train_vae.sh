@@ -13,7 +13,7 @@ LATENT_SIZE=16                # side of the latent; must divide IMAGE_SIZE
 LATENT_DIM=8                  # channels of the latent
 STEPS=20000                   # optimizer steps
 BATCH_SIZE=16                 # slices a step, over all GPUs together
-LR=2e-4                       # learning rate
+LR=2e-3                       # learning rate
 PRECISION=auto                # auto, fp32, bf16, fp16
 
 launch train_vae.py \

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "controlnet": {"layers", "unet", "scheduler"},
     "samplers": {"scheduler"},
     "ema": set(),
+    "muon": set(),
     "losses": {"layers", "distributed"},
     "distributed": set(),
     "checkpoint": {"distributed"},

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -161,8 +162,30 @@ def test_16_bit_images_without_dataset_json_are_told_the_remedy_once(phantoms, t
     assert str(error.value).count("write a dataset.json beside label.csv") == 1
 
 
+def test_what_goes_wrong_in_a_vae_is_said_with_its_remedy(phantoms, tmp_path, capsys):
+    """A scale that is not the files', and a KL weight that drowns every channel in noise."""
+    shutil.copytree(phantoms, tmp_path / "data")
+    facts = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    facts |= {"rescale_slope": facts["rescale_slope"] / 1000, "rescale_intercept": 0}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(facts))
+    steps = ("--steps", "30", "--kl_weight", "10", "--lr", "0.02")
+    run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", *steps))
+    out = capsys.readouterr().out
+    assert len(re.findall(r"WARNING: (\d+) of \1 slices looked at do not have the HU", out)) == 1
+    assert "rescale_slope" in out and "scripts/check_data.py" in out
+    assert "have collapsed" in out and "lower --kl_weight" in out
+
+
+def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "4"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_validation_logs_what_it_should(stages, without_weights):
-    assert {"val/psnr", "val/ssim", "val/loss"} <= read_log(stages / "vae")[-1].keys()
+    last = read_log(stages / "vae")[-1]
+    assert {"val/psnr", "val/ssim", "val/loss", "val/sharpness"} <= last.keys()
+    assert abs(last["val/brightness"]) < 0.1 and 0.5 < last["val/contrast"] < 1.2
+    assert abs(last["val/latent_mean"]) < 1 and 0.2 < last["val/latent_variance"] < 5
     for stage in "unet", "controlnet":
         last = read_log(stages / stage)[-1]
         assert {"val/loss", "val/ssim", "val/dice", "val/n_real", "val/n_fake"} <= last.keys()
