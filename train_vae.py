@@ -43,7 +43,7 @@ from fibldm.training import (
 )
 from fibldm.vae import VAE, clipped, reconstruct
 
-LOOKED_AT = 16  # slices, about, whose values are looked at before the start
+LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
 PANEL = 8  # slices in the picture
 BATCH = 16  # slices at a time where nothing is trained
 MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--split_seed", type=int, default=0, help="of the split by patient")
     data.add_argument(
         "--max_shift", type=int, help="pixels that slices are moved by at random in training, at "
-        "most; 0: none; by default the pixels of one latent side, 16 for 256 / 16",
+        "most; 0: none; by default what one latent covers, --image_size / --latent_size",
     )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--image_size", type=positive, default=256, help="slices are resized to it")
@@ -129,8 +129,8 @@ def main(args: argparse.Namespace) -> None:
     for note in notes + data.notes():
         run.say(note)
     data.check()
-    picked = train_rows[:: max(1, len(train_rows) // LOOKED_AT)]
-    run.warn(input_warnings({rows[i].image: data.read_pair(i)[0] for i in picked}))
+    looked_at = [train_rows[i] for i in evenly(len(train_rows), LOOKED_AT)]
+    run.warn(input_warnings({rows[i].image: data.read_pair(i)[0] for i in looked_at}))
 
     # Model.
     torch.manual_seed(args.seed)
@@ -169,24 +169,23 @@ def main(args: argparse.Namespace) -> None:
         loss = (recon - x).abs().mean(dim=(1, 2, 3))
         return loss if perceptual is None else loss + args.perceptual_weight * perceptual(recon, x)
 
-    disc_level = torch.ones((), device=device)  # running mean of the discriminator's loss
-
     def validate_and_keep_best(step: int) -> None:
         values, heldout, noise_std = validate(
             ema.model, data, val_rows, reconstruction_loss, lpips, run, step
         )
-        if run.is_best(values["loss"]):
-            best = copy.deepcopy(ema.model)
+        run.warn(latent_warnings(heldout[1], noise_std))
+        run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
+        run.warn(discriminator_warnings(run.recent.get("disc_loss", 1.0)))
+        best = copy.deepcopy(ema.model) if run.is_best(values["loss"]) else None
+        if best is not None:
             trained = measure_latents(best, data, train_rows, args, device)
             values |= heldout_latents(trained, heldout)
+        run.log(step, values, "val")
+        if best is not None:
             best.calibrate(*trained)
             if distributed.is_main():
                 facts = {"window": args.window, "split": asdict(split), "step": step}
                 checkpoint.save_model(run.folder / "vae_best.pth", best, run.lineage, **facts)
-        run.log(step, values, "val")
-        run.warn(latent_warnings(heldout[1], noise_std))
-        run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
-        run.warn(discriminator_warnings(float(disc_level)))
         run.end_validation(step)
 
     # Train.
@@ -228,13 +227,12 @@ def main(args: argparse.Namespace) -> None:
                         real, fake = critic(torch.cat([x, recon.detach()])).chunk(2)
                     disc_loss = discriminator_loss(real, fake)
                     scaler.scale(disc_loss / args.grad_accum).backward()
-                disc_level.lerp_(disc_loss.detach(), 0.01)
                 run.average(disc_loss=disc_loss, disc_weight=weight)
 
         # Step.
         grad_norm = optimizer_step(optimizer, scaler, step, args)
         if adversarial:
-            optimizer_step(disc_optimizer, scaler, step, args)
+            optimizer_step(disc_optimizer, scaler, step, args, args.disc_lr)
         scaler.update()
         ema.update(vae)
         run.average(grad_norm=grad_norm)
@@ -254,6 +252,11 @@ def choose_perceptual(name: str, have_lpips: bool) -> str:
     if name == "auto" and not have_lpips and distributed.is_main():
         print(f"--perceptual auto is the structural loss. {message}", flush=True)
     return name if name != "auto" else "lpips" if have_lpips else "structural"
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` positions, evenly spaced, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 @torch.no_grad()
@@ -281,8 +284,8 @@ def validate(
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())
         mean = posterior.mean.double()
-        parts = torch.stack([mean, mean.square(), posterior.logvar.double().exp()])
-        sums += parts.sum(dim=(1, 3, 4))
+        noise = posterior.logvar.double().exp()
+        sums += torch.stack([mean, mean.square(), noise]).sum(dim=(1, 3, 4))
     parts = distributed.gather(totals)
     names = dict.fromkeys(name for part in parts for name in part)
     values = {name: sum(part.get(name, 0.0) for part in parts) / len(rows) for name in names}
@@ -302,7 +305,7 @@ def measure_latents(
     vae: VAE, data: CTDataset, rows: list[int], args: argparse.Namespace, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of each latent channel over training slices."""
-    picked = np.linspace(0, len(rows) - 1, min(len(rows), MEASURED)).round().astype(int)
+    picked = evenly(len(rows), MEASURED)
     mine = [rows[picked[i]] for i in distributed.share(len(picked))]
     sums = torch.zeros(2, args.latent_dim, dtype=torch.float64, device=device)
     for batch in load_batches(data, chunks(mine, BATCH), args.num_workers):

@@ -45,6 +45,8 @@ HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
 HELD_OUT = 40  # patients, the first by a hash of their names
 COUNTS = [100, 200, 300, 400, 600, 800, *(k * 2**i for i in range(10) for k in (1200, 1600))]
+WARMUP = 30  # steps
+SAVE_SECONDS = 120
 PANEL = 6  # held-out slices, evenly spaced
 UPPER = slice(4, 8)  # of the noise power's 8 rings: from half the Nyquist frequency
 
@@ -53,7 +55,7 @@ class Ours(nn.Module):
     """This project's VAE at its defaults, or with other networks."""
 
     def __init__(
-        self, channels: int, patch: int = 0, widths: list[int] = (), blocks: int = 2
+        self, channels: int, patch: int = 0, widths: tuple[int, ...] = (), blocks: int = 2
     ) -> None:
         super().__init__()
         self.vae = VAE(SIZE, LATENT, channels)
@@ -200,7 +202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW")
     parser.add_argument("--muon_lr", type=float, default=2e-3)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="of measuring speed, in turn")
@@ -239,12 +241,9 @@ def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
 
 def make(name: str, args: argparse.Namespace, layout: str = "channels_last") -> nn.Module:
     torch.manual_seed(args.seed)
-    model = (MODELS | LEVERS)[name](args.channels).to(
+    return (MODELS | LEVERS)[name](args.channels).to(
         args.device, memory_format=getattr(torch, layout)
     )
-    if args.compile:
-        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    return model
 
 
 def make_optimizer(name: str, model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -324,6 +323,8 @@ def rates(
     name: str, layout: str, train: Tensor, precision: Precision, args: argparse.Namespace
 ) -> dict[str, float]:
     model = make(name, args, layout)
+    if args.compile:
+        compile_parts(model)
     optimizer = make_optimizer(name, model, args)
     x = train[: args.batch_size].to(args.device, memory_format=getattr(torch, layout))
     noise = torch.randn(len(x), args.channels, LATENT, LATENT, device=args.device)
@@ -380,56 +381,72 @@ def measure_memory(name: str, layout: str, args: argparse.Namespace) -> float:
 # Quality.
 
 
+def title_of(name: str, args: argparse.Namespace) -> str:
+    """Of the files of a model in OUT."""
+    return name if args.channels == 8 else f"{name}_{args.channels}"
+
+
 def train_model(name: str, args: argparse.Namespace) -> None:
     """Train within the budget; a row of OUT/NAME.jsonl at each of COUNTS and at the end."""
     train, held, lungs = load_slices(args)
     device, lpips = torch.device(args.device), load_lpips(torch.device(args.device))
-    precision = Precision(args.precision, device)
+    precision, title = Precision(args.precision, device), title_of(name, args)
     model = make(name, args)
     ema, optimizer = EMA(model, 0.999), make_optimizer(name, model, args)
-    title = name if args.channels == 8 else f"{name}_{args.channels}"
     file, state = args.out / f"{title}.jsonl", args.out / f"{title}.pth"
+    names = ("batch_size", "lr", "muon_lr", "precision", "device")
+    settings = {key: getattr(args, key) for key in names}
     step, seconds, rows = 0, 0.0, []
     if state.is_file():
         saved = torch.load(state, weights_only=True)
+        if saved["settings"] != settings:
+            raise ValueError(f"{state}: trained with {saved['settings']}, asked for is {settings}")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds, rows = saved["step"], saved["seconds"], saved["rows"]
-    if seconds >= 60 * args.minutes:
-        return print(f"{title}: has had {seconds / 60:.1f} minutes")
+    if args.compile:
+        compile_parts(model)
     order = Batches(range(len(train)), args, 0)
+    saved_at = seconds
     while seconds < 60 * args.minutes:
         start = clock(args)
         step += 1
         positions = range(args.batch_size)
         x = train[[order.row((step - 1) * args.batch_size + p) for p in positions]]
         offsets = item_uniform(args.seed, "shift", step, positions, 2)
-        x = shift_slices(x, (offsets * 33 - 16).floor().long()).to(device)
-        noise = item_noise(args.seed, "vae", step, positions, (args.channels, LATENT, LATENT)).to(
-            device
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("peak", group["lr"]) * min(1.0, step / 30)
+        x = shift_slices(x, (offsets * 33).long() - 16).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
-        loss = train_step(model, optimizer, x, noise, precision)
+        noise = item_noise(args.seed, "vae", step, positions, (args.channels, LATENT, LATENT))
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * min(1.0, step / WARMUP)
+        loss = train_step(model, optimizer, x, noise.to(device), precision)
         ema.update(model)
         seconds += clock(args) - start
-        images = step * args.batch_size
-        if images in COUNTS or seconds >= 60 * args.minutes:
+        images, done = step * args.batch_size, seconds >= 60 * args.minutes
+        if images in COUNTS or done:
             recon = reconstruct(ema.model, held, precision, device)
             row = {"images": images, "minutes": seconds / 60, "loss": loss}
             row |= measure(recon, held, lungs, lpips)
             rows.append(row)
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            np.save(args.out / f"{title}_panel.npy", recon[picked(len(held))].numpy())
+            made = reconstruct(ema.model, phantoms(), precision, device)
+            np.save(args.out / f"{title}_phantoms.npy", made.numpy())
+            print(title, {key: round(value, 4) for key, value in row.items()}, flush=True)
+        if images in COUNTS or done or seconds - saved_at > SAVE_SECONDS:
             content = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
             content |= {"optimizer": optimizer.state_dict(), "seconds": seconds, "rows": rows}
+            content["settings"] = settings
             write_atomically(state, lambda path: torch.save(content, path))
-            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-            print(title, {key: round(value, 4) for key, value in row.items()}, flush=True)
-    np.save(args.out / f"{title}_panel.npy", recon[picked(len(held))].numpy())
-    np.save(
-        args.out / f"{title}_phantoms.npy", reconstruct(ema.model, phantoms(), precision, device)
-    )
+            saved_at = seconds
+    print(f"{title}: has had {seconds / 60:.1f} minutes")
+
+
+def compile_parts(model: nn.Module) -> None:
+    """torch.compile of what is trained; made after the copy for the average, which stays as is."""
+    for part in model.vae.children() if hasattr(model, "vae") else model.children():
+        part.compile()
 
 
 @torch.no_grad()
@@ -513,7 +530,7 @@ def phantoms() -> Tensor:
 def speed_table(args: argparse.Namespace) -> str:
     """Images/s, ratios to the faster peer, and memory, as markdown."""
     lines = []
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "bf16"):
         file = args.out / f"speed_{precision}.json"
         if not file.is_file():
             continue
@@ -566,7 +583,7 @@ def quality_table(runs: dict[str, list[dict]]) -> str:
         }
     lines = []
     for title, rows in parts.items():
-        shown = {key: spec for key, spec in COLUMNS.items() if key in next(iter(rows.values()))}
+        shown = {k: spec for k, spec in COLUMNS.items() if all(k in row for row in rows.values())}
         lines.append(f"| {title} | {' | '.join(head for head, _ in shown.values())} |")
         lines.append("|---" * (len(shown) + 1) + "|")
         for name, row in rows.items():
@@ -602,10 +619,11 @@ def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
 def print_table(args: argparse.Namespace) -> None:
     """All that OUT holds: tables, curves beside this file, panels in OUT and of phantoms here."""
     print(speed_table(args))
+    files = {name: args.out / f"{title_of(name, args)}.jsonl" for name in args.models}
     runs = {
-        name: [json.loads(line) for line in (args.out / f"{name}.jsonl").read_text().splitlines()]
-        for name in args.models
-        if (args.out / f"{name}.jsonl").is_file()
+        name: [json.loads(line) for line in file.read_text().splitlines()]
+        for name, file in files.items()
+        if file.is_file()
     }
     if not runs:
         return
@@ -622,7 +640,7 @@ def write_panels(
     """One line a slice: the original and each model's reconstruction."""
     columns = {"original": grey(originals[:, 0].numpy())}
     for name in runs:
-        file = args.out / f"{name}_{kind}.npy"
+        file = args.out / f"{title_of(name, args)}_{kind}.npy"
         if file.is_file():
             columns[name] = grey(np.load(file)[:, 0])
     write_panel(path, columns, per_line=1)

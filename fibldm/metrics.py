@@ -36,6 +36,8 @@ from fibldm.features import (
 )
 from fibldm.scores import Score, halves, interval, resamples
 
+LEAST_SPREAD = 0.02  # in [-1, 1]; a slice of less is blank, and ratios to it mean nothing
+
 
 def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
     """SSIM (Wang et al. 2004), Gaussian window of sigma 1.5: (N, 1, H, W) in [-1, 1] -> (N,)."""
@@ -66,8 +68,8 @@ def reconstruction_metrics(
         "psnr": 10 * torch.log10(4 / mse),
         "ssim": ssim_per_image(x, y),
         "brightness": (x - y).mean(dim=dims),
-        "contrast": x.std(dim=dims) / y.std(dim=dims).clamp(min=1e-6),
-        "sharpness": mean_gradient(x) / mean_gradient(y).clamp(min=1e-6),
+        "contrast": x.std(dim=dims) / y.std(dim=dims).clamp(min=LEAST_SPREAD),
+        "sharpness": mean_gradient(x) / mean_gradient(y).clamp(min=LEAST_SPREAD / 10),
     }
     if lpips is not None:
         metrics["lpips"] = lpips(x, y)

@@ -16,7 +16,8 @@ LEAST_SIDE = 16  # a convolution with fewer channels in or out is hardly a matri
 def orthogonalize(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: (m, n) -> (m, n).
 
-    Singular values become 0.7 to 1.2, their vectors stay (Newton-Schulz iteration). Each
+    Singular values become 0.7 to 1.2, but for those that are tiny beside the largest, which only
+    grow 480-fold; their vectors stay (Newton-Schulz iteration). Each
     iteration multiplies by a polynomial of the Gram matrix, so that all of them are done on that
     one, which is small where m and n differ.
     """
@@ -35,10 +36,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the hidden convolutions and linear layers of a network, AdamW for all else.
+    """Muon for weights whose first two sides are both at least LEAST_SIDE, AdamW for all else.
 
-    A convolution's weight (out, in, k, k) is a matrix (out, in * k * k). Both take the same
-    learning rate. Where slices are few and steps are dear, it needs about half of AdamW's steps.
+    A convolution's weight (out, in, k, k) is taken as a matrix (out, in * k * k). So the widths
+    decide: the first and last convolutions of a network are mostly AdamW's. One learning rate
+    serves both.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.01) -> None:

@@ -216,6 +216,7 @@ class Run:
         self.signal, self.saved = 0, True  # nothing is lost before the first step
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.recent: dict[str, float] = {}  # means of the last log line
         self.started = self.left = time.monotonic()
 
         part_size(args)
@@ -321,7 +322,8 @@ class Run:
         save = stop or validate or step % self.args.save_interval == 0
         if save or last or step % self.args.log_interval == 0:
             speed = (step - self.first) * self.args.batch_size / (time.monotonic() - self.started)
-            self.log(step, {**self._pop_averages(), "images_per_s": speed}, "train")
+            self.recent = self._pop_averages()
+            self.log(step, {**self.recent, "images_per_s": speed}, "train")
         if save:
             self.save()
         self.left = time.monotonic()
@@ -438,14 +440,14 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     step: int,
     args: argparse.Namespace,
+    lr: float | None = None,
 ) -> Tensor:
     """Clip, step at this step's learning rate, clear; return the gradients' norm before clipping.
 
-    The optimizer was made with the learning rate that the warm-up ends at.
+    lr: where the warm-up ends, by default --lr.
     """
     for group in optimizer.param_groups:
-        peak = group.setdefault("peak", group["lr"])
-        group["lr"] = learning_rate(step, peak, args)
+        group["lr"] = learning_rate(step, args.lr if lr is None else lr, args)
     scaler.unscale_(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Options that make a run small and quick; each stage adds its own.
 QUICK = ["--device", "cpu", "--batch_size", "4", "--num_workers", "0", "--warmup_steps", "2"]
 TINY_VAE = ["--image_size", "32", "--latent_size", "8", "--latent_dim", "4"]
-TINY_VAE += ["--base_channels", "8", "--blocks", "1", "--val_fraction", "0.3"]
+TINY_VAE += ["--base_channels", "16", "--blocks", "1", "--val_fraction", "0.3"]
 TINY_UNET = ["--channels", "8", "16", "--blocks", "1"]
 TINY_VALIDATION = ["--val_samples", "4", "--val_sampling_steps", "2"]
 

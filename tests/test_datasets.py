@@ -11,7 +11,15 @@ from PIL import Image
 
 from fibldm import ct, datasets
 from fibldm.checkpoint import file_hash, load, save, save_model
-from fibldm.datasets import CTDataset, LatentDataset, Split, encode_csv, read_table, write_latents
+from fibldm.datasets import (
+    CTDataset,
+    LatentDataset,
+    Split,
+    encode_csv,
+    read_table,
+    shift_slices,
+    write_latents,
+)
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
@@ -550,3 +558,14 @@ def test_latents_of_another_scale_are_refused_with_both(latents):
     meta.write_text(meta.read_text().replace("0.18" + "215", "0.13025"))
     with pytest.raises(ValueError, match=r"latent scale: found 0\.13025, expected 0\.18"):
         LatentDataset(latents[0])
+
+
+def test_shift_slices_moves_each_by_its_own_and_fills_with_air():
+    x = torch.rand(4, 1, 6, 8)
+    offsets = torch.tensor([[0, 0], [2, -3], [-1, 5], [6, 8]])
+    for slice_, moved, (down, right) in zip(
+        x, shift_slices(x, offsets), offsets.tolist(), strict=True
+    ):
+        expected = np.pad(slice_[0], 10, constant_values=-1)  # with air all around
+        expected = np.roll(expected, (down, right), (0, 1))[10:-10, 10:-10]
+        assert np.array_equal(moved[0], expected)

@@ -28,9 +28,12 @@ def test_an_exploding_latent_scale_is_named():
     assert "500" in warning and "explodes" in warning and "--lr" in warning
 
 
-def test_nan_is_no_healthy_latent():
-    assert len(latent_warnings(torch.tensor([float("nan")]), torch.tensor([0.1]))) == 2
-    assert len(reconstruction_warnings(float("nan"), float("nan"))) == 2
+def test_nan_is_named_as_divergence_alone():
+    nan = float("nan")
+    (warning,) = latent_warnings(torch.tensor([nan, 1.0]), torch.tensor([0.1, 0.1]))
+    assert "diverged" in warning and "--lr" in warning
+    (warning,) = reconstruction_warnings(nan, 1.0)
+    assert "diverged" in warning
 
 
 def test_a_healthy_latent_is_not_named():
@@ -60,7 +63,10 @@ def test_inputs_that_are_not_hu_are_named():
     assert input_warnings(slices) == []
     slices["2.png"] = (slices["2.png"] + 1000) / 3000  # normalized: no HU
     (warning,) = input_warnings(slices)
-    assert "1 of 4" in warning and "2.png" in warning and "rescale_slope" in warning
+    assert "1 of 4" in warning and "2.png" in warning and "check_data.py" in warning
+    assert "rescale_slope" not in warning  # one slice is bad, not the scale of all
+    (warning,) = input_warnings({name: (hu + 1000) / 3000 for name, hu in slices.items()})
+    assert "4 of 4" in warning and "rescale_slope" in warning
 
 
 def test_moments_are_those_of_numpy():

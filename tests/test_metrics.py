@@ -234,6 +234,21 @@ def test_psnr_and_ssim_are_those_of_skimage():
         assert float(found["ssim"][i]) == pytest.approx(known.mean(), abs=1e-4)
 
 
+def test_brightness_contrast_and_sharpness_say_what_psnr_hides():
+    y = slices(2, seed=0, size=64) * 0.5
+    found = metrics.reconstruction_metrics(y + 0.1, y)
+    torch.testing.assert_close(found["brightness"], torch.full((2,), 0.1))
+    torch.testing.assert_close(found["contrast"], torch.ones(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["sharpness"], torch.ones(2), atol=1e-4, rtol=0)
+    found = metrics.reconstruction_metrics(0.5 * y, y)
+    torch.testing.assert_close(found["contrast"], torch.full((2,), 0.5), atol=1e-4, rtol=0)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    blurred = nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert (metrics.reconstruction_metrics(blurred, noise)["sharpness"] < 0.5).all()
+    blank = torch.full_like(y, -1.0)
+    assert (metrics.reconstruction_metrics(blank + 0.01 * noise, blank)["contrast"] < 1).all()
+
+
 def test_equal_images_are_perfect_and_tiny_ones_are_refused():
     x = slices(2, seed=0, size=32)
     found = metrics.reconstruction_metrics(x, x)
