@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     # Model.
     torch.manual_seed(args.seed)
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device)
     ema = EMA(vae, args.ema_decay)
     optimizer = Muon(vae, args.lr)
     scaler = precision.scaler()
