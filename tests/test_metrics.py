@@ -614,6 +614,7 @@ def shared_run(rank: int, world: int, folder: str) -> None:
         report.add_fake(fake, list("abcdef"), paired)
     scores = [score.as_dict() for score in report.scores(draws=3)]
     torch.save([first, realism.compute(), scores], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # no process leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 
