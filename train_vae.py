@@ -195,10 +195,8 @@ def main(args: argparse.Namespace) -> None:
         adversarial = critic is not None and step > args.disc_start
         for part in range(args.grad_accum):
             positions = batches.positions(part)
-            offsets = item_uniform(args.seed, "shift", step, positions, 2) * (
-                2 * args.max_shift + 1
-            )
-            x = shift_slices(next(loader)["image"], offsets.long() - args.max_shift)
+            uniform = item_uniform(args.seed, "shift", step, positions, 2)
+            x = shift_slices(next(loader)["image"], uniform, args.max_shift)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
             sync = part + 1 == args.grad_accum

@@ -420,8 +420,8 @@ def train_model(name: str, args: argparse.Namespace) -> None:
         step += 1
         positions = range(args.batch_size)
         x = train[[order.row((step - 1) * args.batch_size + p) for p in positions]]
-        offsets = item_uniform(args.seed, "shift", step, positions, 2)
-        x = shift_slices(x, (offsets * 33).long() - 16).to(device)
+        uniform = item_uniform(args.seed, "shift", step, positions, 2)
+        x = shift_slices(x, uniform, SIZE // LATENT).to(device)
         noise = item_noise(args.seed, "vae", step, positions, (args.channels, LATENT, LATENT))
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * min(1.0, step / WARMUP)

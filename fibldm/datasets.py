@@ -304,12 +304,14 @@ class CTDataset(Dataset):
         return self.facts.pixel_spacing * sides.pop() / self.image_size
 
 
-def shift_slices(x: Tensor, offsets: Tensor) -> Tensor:
-    """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, offsets (N, 2) down and right.
+def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
+    """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, -most to most.
 
+    uniform (N, 2) in [0, 1) says how far down and right: from 0, up and left, over 0.5, not at all.
     Nothing is interpolated, so that texture stays as it is; what comes in is air, -1.
     """
     height, width = x.shape[2:]
+    offsets = (uniform * (2 * most + 1)).long() - most
     moved = torch.full_like(x, -1.0)
     for source, target, (down, right) in zip(x, moved, offsets.tolist(), strict=True):
         kept = source[:, max(0, -down) : height - max(0, down)]

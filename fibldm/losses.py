@@ -28,18 +28,18 @@ def structural_loss(x: Tensor, y: Tensor) -> Tensor:
     """L1 of gradients, and 0.1 (1 - SSIM), of x and y at three scales of 1, 1/2, 1/4 -> (N,).
 
     x, y: (N, 1, H, W) in [-1, 1]. Keeps edges and texture where no perceptual network is at hand;
-    needs no weights. In fp32 also under autocast. SSIM counts at scales of 7 pixels and more.
+    needs no weights. Computed in fp32: autocast leaves pooling alone. SSIM counts at scales of 7
+    pixels and more.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        x, y = x.float(), y.float()
-        total = x.new_zeros(x.shape[0])
-        for _ in range(3):
-            for axis in (2, 3):
-                total = total + (x.diff(dim=axis) - y.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
-            if min(x.shape[2:]) >= 7:
-                total = total + 0.1 * (1 - structural_similarity(x, y))
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        return total
+    x, y = x.float(), y.float()
+    total = x.new_zeros(x.shape[0])
+    for _ in range(3):
+        for axis in (2, 3):
+            total = total + (x.diff(dim=axis) - y.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
+        if min(x.shape[2:]) >= 7:
+            total = total + 0.1 * (1 - structural_similarity(x, y))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return total
 
 
 class PatchDiscriminator(nn.Sequential):

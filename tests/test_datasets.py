@@ -561,11 +561,21 @@ def test_latents_of_another_scale_are_refused_with_both(latents):
 
 
 def test_shift_slices_moves_each_by_its_own_and_fills_with_air():
-    x = torch.rand(4, 1, 6, 8)
-    offsets = torch.tensor([[0, 0], [2, -3], [-1, 5], [6, 8]])
-    for slice_, moved, (down, right) in zip(
-        x, shift_slices(x, offsets), offsets.tolist(), strict=True
-    ):
-        expected = np.pad(slice_[0], 10, constant_values=-1)  # with air all around
+    x, most = torch.rand(5, 1, 6, 8), 5
+    offsets = torch.tensor([[0, 0], [2, -3], [-1, 5], [5, -5], [-5, 4]])
+    uniform = (offsets + most + 0.5) / (2 * most + 1)
+    moved = shift_slices(x, uniform, most)
+    for before, after, (down, right) in zip(x, moved, offsets.tolist(), strict=True):
+        expected = np.pad(before[0], 10, constant_values=-1)  # with air all around
         expected = np.roll(expected, (down, right), (0, 1))[10:-10, 10:-10]
-        assert np.array_equal(moved[0], expected)
+        assert np.array_equal(after[0], expected)
+    assert torch.equal(shift_slices(x, uniform, 0), x)
+
+
+def test_shift_slices_takes_every_distance_equally_often():
+    x = torch.full((3000, 1, 9, 9), -1.0)
+    x[:, :, 4, 4] = 1.0
+    uniform = torch.rand(3000, 2, generator=torch.Generator().manual_seed(0))
+    at = shift_slices(x, uniform, 4).flatten(1).argmax(dim=1)
+    counts = torch.bincount(at // 9, minlength=9)
+    assert (counts > 250).all() and len(at.unique()) == 81

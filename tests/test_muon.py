@@ -69,6 +69,20 @@ def test_matrices_take_steps_of_adams_length_whatever_the_gradient():
     assert moved["2.bias"] == pytest.approx(1e-2, rel=0.01)
 
 
+def test_a_matrix_follows_nesterovs_momentum():
+    model = nn.Linear(20, 30, bias=False)
+    optimizer = Muon(model, lr=1e-2, weight_decay=0.0)
+    momentum = torch.zeros_like(model.weight)
+    for step in range(3):
+        before = model.weight.detach().clone()
+        gradient = torch.randn(30, 20, generator=torch.Generator().manual_seed(step))
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        expected = orthogonalize(0.05 * gradient + 0.95 * momentum) * RMS * 30**0.5
+        torch.testing.assert_close((before - model.weight) / 1e-2, expected, atol=1e-3, rtol=0)
+
+
 def test_what_is_no_matrix_is_stepped_as_by_adamw():
     """Against PyTorch's, on a model without hidden matrices."""
     torch.manual_seed(0)

@@ -183,6 +183,36 @@ def test_what_goes_wrong_in_a_vae_is_said_with_its_remedy(phantoms, tmp_path, ca
     assert "have collapsed" in out and "lower --kl_weight" in out
 
 
+def test_the_vae_is_stepped_by_muon_and_the_discriminator_at_its_own_rate(
+    phantoms, tmp_path, capsys, monkeypatch
+):
+    """And a discriminator whose loss is 0 is said to have won."""
+    rates, step, loss = {}, train_vae.optimizer_step, train_vae.discriminator_loss
+
+    def watched(optimizer, *rest):
+        norm = step(optimizer, *rest)
+        rates[type(optimizer).__name__] = {group["lr"] for group in optimizer.param_groups}
+        return norm
+
+    monkeypatch.setattr(train_vae, "optimizer_step", watched)
+    monkeypatch.setattr(train_vae, "discriminator_loss", lambda *logits: 0 * loss(*logits))
+    more = ("--steps", "4", "--lr", "1e-3", "--disc_lr", "3e-4", "--disc_start", "1")
+    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
+    assert rates == {"Muon": {1e-3}, "AdamW": {3e-4}}
+    assert "the discriminator has won" in capsys.readouterr().out
+
+
+def test_slices_are_moved_in_training(phantoms, tmp_path):
+    """The first step's reconstruction loss is of slices as they are, or of moved ones."""
+    losses = {}
+    for most in "0", "4", "default":
+        more = () if most == "default" else ("--max_shift", most)
+        folder = tmp_path / most
+        run(train_vae, vae_options(phantoms, folder, "--steps", "1", *more))
+        losses[most] = read_log(folder)[0]["train/reconstruction"]
+    assert losses["0"] != losses["4"] == losses["default"]  # 4 = 32 / 8
+
+
 def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
     run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "4"))
     assert "WARNING" not in capsys.readouterr().out
