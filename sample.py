@@ -302,7 +302,8 @@ def main(args: argparse.Namespace) -> None:
                 timesteps,
                 lambda k: item_noise(seed, "ddpm", k, items, shape).to(device),
             )  # fmt: skip
-        return vae.decode(z.float() / LATENT_SCALE).clamp(-1, 1)[:, 0].cpu().numpy()
+        noise = item_noise(seed, "grain", 0, items, (1, size, size)).to(device)
+        return vae.decode(z.float() / LATENT_SCALE, noise).clamp(-1, 1)[:, 0].cpu().numpy()
 
     def find_copied(images: np.ndarray) -> list[str | None]:
         """The training patient whom each sample (N, H, W) copies, or None.

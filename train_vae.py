@@ -41,11 +41,12 @@ from fibldm.training import (
     positive_float,
     run_script,
 )
-from fibldm.vae import VAE, clipped, reconstruct
+from fibldm.vae import VAE, clipped, grain, grain_loss, reconstruct
 
 LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
 PANEL = 8  # slices in the picture
 BATCH = 16  # slices at a time where nothing is trained
+GRAIN_WEIGHT = 0.01  # of a loss that trains the grain alone: little beside others when clipped
 MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
 
 
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--latent_size", type=positive, default=16, help="must divide --image_size")
     model.add_argument("--latent_dim", type=positive, default=8, help="channels of the latent")
     model.add_argument(
-        "--base_channels", type=positive, default=48, help="width at the first level"
+        "--base_channels", type=positive, default=64, help="width at the first level"
     )
     model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
     losses = parser.add_argument_group("losses")
@@ -165,8 +166,9 @@ def main(args: argparse.Namespace) -> None:
         f"{precision.name}, {distributed.world_size()} process(es)"
     )
 
-    def reconstruction_loss(recon: Tensor, x: Tensor) -> Tensor:
-        loss = (recon - x).abs().mean(dim=(1, 2, 3))
+    def reconstruction_loss(mean: Tensor, recon: Tensor, x: Tensor) -> Tensor:
+        """L1 of the mean; perceptual loss of what is seen, the mean with its grain; (N,)."""
+        loss = (mean - x).abs().mean(dim=(1, 2, 3))
         return loss if perceptual is None else loss + args.perceptual_weight * perceptual(recon, x)
 
     def validate_and_keep_best(step: int) -> None:
@@ -199,19 +201,22 @@ def main(args: argparse.Namespace) -> None:
             x = shift_slices(next(loader)["image"], uniform, args.max_shift)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
+            pixel_noise = item_noise(args.seed, "grain", step, positions, x.shape[1:]).to(device)
             sync = part + 1 == args.grad_accum
 
             # The autoencoder.
             with distributed.sync_gradients(model, sync):
                 with precision.autocast():
-                    recon, posterior = model(x, noise.to(device))
-                    rec, kl = reconstruction_loss(recon, x).mean(), posterior.kl()
-                    loss = rec + args.kl_weight * kl
+                    slices, posterior = model(x, noise.to(device))
+                    strength = slices.logvar.detach()
+                    recon = slices._replace(logvar=strength).sample(grain(pixel_noise))
+                    rec, kl = reconstruction_loss(slices.mean, recon, x).mean(), posterior.kl()
+                    loss = rec + args.kl_weight * kl + GRAIN_WEIGHT * grain_loss(slices, x)
                     if adversarial:
                         discriminator.requires_grad_(False)
                         fool = -discriminator(recon).float().mean()
                         weight = adaptive_weight(
-                            scaler.scale(rec), scaler.scale(fool), vae.decoder.network[-1].weight
+                            scaler.scale(rec), scaler.scale(fool), vae.decoder.mean[-1].weight
                         )
                         loss = loss + args.disc_weight * weight * fool
                         discriminator.requires_grad_(True)
@@ -262,7 +267,7 @@ def validate(
     vae: VAE,
     data: CTDataset,
     rows: list[int],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     lpips: nn.Module | None,
     run: Run,
     step: int,
@@ -277,8 +282,10 @@ def validate(
     for batch in load_batches(data, chunks(mine, BATCH), 0):
         x = batch["image"].to(run.device)
         posterior = vae.encode(x)
-        recon = clipped(vae.decode(posterior.mean))
-        values = {"loss": loss(recon, x), **reconstruction_metrics(recon, x, lpips)}
+        slices = vae.likelihood(posterior.mean)
+        recon = clipped(slices.sample(vae.grain))
+        values = {"loss": loss(slices.mean, recon, x), **reconstruction_metrics(recon, x, lpips)}
+        values["mean_psnr"] = reconstruction_metrics(clipped(slices.mean), x)["psnr"]
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())
         mean = posterior.mean.double()

@@ -33,6 +33,7 @@ from fibldm.ct import DEFAULT_WINDOW, hu_to_unit, unit_to_hu, write_atomically
 from fibldm.datasets import CTDataset, Split, read_table, shift_slices
 from fibldm.disease import noise_power
 from fibldm.ema import EMA
+from fibldm.layers import ChannelNorm, group_norm
 from fibldm.metrics import load_lpips
 from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
@@ -45,6 +46,7 @@ SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
 HELD_OUT = 40  # patients, the first by a hash of their names
 COUNTS = [100, 200, 300, 400, 600, 800, *(k * 2**i for i in range(10) for k in (1200, 1600))]
 WARMUP = 30  # steps
+KL_WEIGHT = 1e-7  # beside a squared error of about 0.005: as train_vae.py's 1e-6 beside L1
 SAVE_SECONDS = 120
 PANEL = 6  # held-out slices, evenly spaced
 UPPER = slice(4, 8)  # of the noise power's 8 rings: from half the Nyquist frequency
@@ -66,6 +68,10 @@ class Ours(nn.Module):
         return tuple(self.vae.encode(x))
 
     def decode(self, z: Tensor) -> Tensor:
+        return self.vae.likelihood(z).mean
+
+    def draw(self, z: Tensor) -> Tensor:
+        """With its grain, as the pipeline decodes."""
         return self.vae.decode(z)
 
 
@@ -76,6 +82,17 @@ class RandomStart(Ours):
         super().__init__(channels)
         self.vae.encoder.shortcut.reset_parameters()
         self.vae.decoder.shortcut[0].reset_parameters()
+
+
+class GroupNorm(Ours):
+    """With group norm, as diffusers and MONAI have it, where ours has a norm of each position."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        for module in list(self.vae.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, ChannelNorm):
+                    setattr(module, name, group_norm(*child.normalized_shape))
 
 
 class Haar(Ours):
@@ -90,9 +107,9 @@ class Haar(Ours):
         there, back = nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(128, 128, 1, bias=False, groups=8)
         there.weight = nn.Parameter(basis, requires_grad=False)
         back.weight = nn.Parameter(basis.transpose(0, 1).repeat(8, 1, 1, 1), requires_grad=False)
-        encoder, decoder = self.vae.encoder.network, self.vae.decoder.network
+        encoder, mean = self.vae.encoder.network, self.vae.decoder.mean
         encoder[0] = nn.Sequential(encoder[0], there)
-        decoder[-2] = nn.Sequential(back, decoder[-2])
+        mean[1] = nn.Sequential(back, mean[1])
 
 
 class Diffusers(nn.Module):
@@ -172,16 +189,16 @@ LEVERS: dict[str, Callable[[int], nn.Module]] = {
     "ours_as_it_is": Ours,
     "by_adamw": Ours,
     "random_start": RandomStart,
+    "group_norm": GroupNorm,
     "haar": Haar,
-    "patch_2": partial(Ours, patch=2, widths=(24, 48, 96, 192), blocks=2),
-    "patch_8": partial(Ours, patch=8, widths=(96, 192), blocks=2),
-    "wide_above": partial(Ours, patch=4, widths=(64, 64, 64), blocks=2),
-    "wide_below": partial(Ours, patch=4, widths=(32, 96, 288), blocks=2),
-    "wider": partial(Ours, patch=4, widths=(96, 192, 384), blocks=1),
-    "shallow": partial(Ours, patch=4, widths=(64, 128, 256), blocks=1),
-    "deep": partial(Ours, patch=4, widths=(40, 80, 160), blocks=3),
+    "patch_2": partial(Ours, patch=2, widths=(32, 64, 96, 128)),
+    "patch_8": partial(Ours, patch=8, widths=(96, 128)),
+    "wide_above": partial(Ours, patch=4, widths=(96, 96, 96)),
+    "wide_below": partial(Ours, patch=4, widths=(48, 96, 192)),
+    "shallow": partial(Ours, patch=4, widths=(96, 144, 192), blocks=1),
+    "deep": partial(Ours, patch=4, widths=(64, 96, 128), blocks=3),
 }
-CONTIGUOUS = ("ours", *LEVERS)  # train faster in that memory format, the others in channels_last
+LAYOUTS = ("contiguous_format", "channels_last")  # memory formats
 BY_ADAMW = ("diffusers", "monai", "plain", "by_adamw")
 
 
@@ -240,12 +257,22 @@ def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
 
 
 def make(name: str, args: argparse.Namespace, layout: str = "") -> nn.Module:
-    """The model with its first weights, by default in the memory format it trains faster in."""
+    """The model with its first weights, by default in the memory format `speed` found faster."""
     torch.manual_seed(args.seed)
-    layout = layout or ("contiguous_format" if name in CONTIGUOUS else "channels_last")
+    layout = layout or faster_layout(name, args)
     return (MODELS | LEVERS)[name](args.channels).to(
         args.device, memory_format=getattr(torch, layout)
     )
+
+
+def faster_layout(name: str, args: argparse.Namespace) -> str:
+    """The memory format in which `speed` saw the model train faster; a lever's is that of ours."""
+    file = args.out / f"speed_{args.precision}.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    known = {"plain_muon": "plain"}.get(name, name if name in MODELS else "ours")
+    if known not in found:
+        raise ValueError(f"{file}: no speed of {known} there; run 'speed' with this --out first")
+    return found[known]["layout"]
 
 
 def make_optimizer(name: str, model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -268,7 +295,7 @@ def train_step(
         loss = (recon.float() - x).square().mean()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
-    (loss + 1e-6 * kl).backward()
+    (loss + KL_WEIGHT * kl).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -291,10 +318,9 @@ def measure_speed(args: argparse.Namespace) -> None:
     train, _, _ = load_slices(args)
     precision = Precision(args.precision, torch.device(args.device))
     found: dict[str, dict] = {}
-    layouts = ("contiguous_format", "channels_last")
     for round_number in range(args.rounds):
         for name in args.models:
-            for layout in layouts:
+            for layout in LAYOUTS:
                 key = f"{name} {layout}"
                 if round_number == 0:
                     found[key] = {"train": [], "encode": [], "decode": []}
@@ -304,14 +330,14 @@ def measure_speed(args: argparse.Namespace) -> None:
     result = {}
     for name in args.models:
         medians = {
-            task: {la: statistics.median(found[f"{name} {la}"][task]) for la in layouts}
+            task: {la: statistics.median(found[f"{name} {la}"][task]) for la in LAYOUTS}
             for task in ("train", "encode", "decode")
         }
-        best = max(layouts, key=lambda la: medians["train"][la])
+        best = max(LAYOUTS, key=lambda la: medians["train"][la])
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory = pool.apply(measure_memory, (name, best, args))
         result[name] = {
-            "parameters": sum(p.numel() for p in make(name, args).parameters()),
+            "parameters": sum(p.numel() for p in make(name, args, best).parameters()),
             "layout": best,
             "memory": memory,
             **{task: max(values.values()) for task, values in medians.items()},
@@ -341,7 +367,7 @@ def rates(
     tasks = {
         "train": lambda: train_step(model, optimizer, x, noise, precision),
         "encode": inference(model.encode, x),
-        "decode": inference(model.decode, noise),
+        "decode": inference(getattr(model, "draw", model.decode), noise),
     }
     return {task: args.batch_size * repeats(call, args) for task, call in tasks.items()}
 

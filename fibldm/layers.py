@@ -1,6 +1,7 @@
 """The blocks that the VAE, the U-Net and the ControlNet are built from."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,18 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position: what is far away changes nothing.
+
+    Unlike group norm it keeps a place's code free of the rest of its slice, and in channels-last
+    memory its backward is several times faster.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) -> (N, C, H, W)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def timestep_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of t (N,) at geometric frequencies (Vaswani et al. 2017) -> (N, channels) fp32.
 
@@ -43,12 +56,18 @@ class ResBlock(nn.Module):
     The modulation by scale and shift is Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3.1.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int = 0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int = 0,
+        norm: Callable[[int], nn.Module] = group_norm,
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, 2 * out_channels) if emb_channels else None
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -68,10 +87,15 @@ class SelfAttention(nn.Module):
     Queries and keys are RMS-normalized (arXiv 2302.05442), so that logits stay bounded in fp16.
     """
 
-    def __init__(self, channels: int, head_channels: int = 64) -> None:
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int = 64,
+        norm: Callable[[int], nn.Module] = group_norm,
+    ) -> None:
         super().__init__()
         self.heads = largest_divisor(channels, channels // head_channels)
-        self.norm = group_norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.query_norm = nn.RMSNorm(channels // self.heads)
         self.key_norm = nn.RMSNorm(channels // self.heads)

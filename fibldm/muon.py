@@ -26,11 +26,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = x / (x.norm() + 1e-7)
     gram = x @ x.T
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    product = identity
-    for _ in range(NEWTON_SCHULZ):
-        factor = a * identity + (b * identity + c * gram) @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
+    product = None
+    for left in reversed(range(NEWTON_SCHULZ)):
+        factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
+        product = factor if product is None else factor @ product
+        if left:
+            gram = factor @ gram @ factor
     x = product @ x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 

@@ -3,30 +3,38 @@
 Pixels are moved into channels first (pixel-unshuffle), since work at full resolution is what
 costs; 256x256 becomes (8, 16, 16) at the defaults. An untrained VAE is a truncated cosine transform
 (Ahmed et al. 1974; JPEG's), so that training adds what is not linear to a code that works.
+
+What a latent has no room for, the finest texture, the decoder knows by its strength alone, and
+draws: its mean alone would be blurred (what video codecs call film grain).
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fibldm.layers import Downsample, ResBlock, SelfAttention, group_norm, zero_init
+from fibldm.layers import ChannelNorm, Downsample, ResBlock, SelfAttention, zero_init
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
 INITIAL_LOGVAR = -6.0
+GRAIN_CUTOFF = 0.28  # cycles per pixel: waves of 3.6 pixels; what is longer is left to the mean
+GRAIN_SLOPE = 2.7  # power of CT's texture falls as frequency ** -2.7 there (200 slices of lungs)
+GRAIN_RANGE = (-16.0, 0.0)  # of its log-variance: 0.2 to 700 HU in the default window
+INITIAL_GRAIN = -5.0  # log-variance, about that of the slices' own finest texture
 
 
 class DiagonalGaussian(NamedTuple):
-    """Posterior q(z | x): mean and log-variance, each (N, C, h, w)."""
+    """Mean and log-variance, of one shape: the posterior q(z | x), (N, C, h, w), or p(x | z)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """z = mean + std * noise, noise standard normal and of the same shape."""
+        """mean + std * noise, noise standard normal and of the same shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
@@ -34,6 +42,42 @@ class DiagonalGaussian(NamedTuple):
         mean, logvar = self.mean.float(), self.logvar.float()
         elements = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
         return elements.sum(dim=(1, 2, 3)).mean()
+
+
+@cache
+def _grain_bands(size: int) -> tuple[Tensor, Tensor]:
+    """Of the frequencies that rfft2 gives for size x size: 1 in the grain's band, 0 below it; and
+    the gain that gives white noise its spectrum there, with variance 1.
+    """
+    at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
+    radius = torch.hypot(at[:, None], half[None])
+    band = (radius > GRAIN_CUTOFF).float()
+    gain = band * radius.clamp(min=GRAIN_CUTOFF) ** (-GRAIN_SLOPE / 2)
+    twice = torch.where((half == 0) | (half == 0.5), 1.0, 2.0)  # rfft2 leaves their mirrors out
+    power = (gain.square() * twice).sum() / size**2
+    return band, gain / power.clamp(min=1e-12).sqrt()
+
+
+def fine_scale(x: Tensor) -> Tensor:
+    """What of x (N, 1, S, S) is above GRAIN_CUTOFF; fp32."""
+    band = _grain_bands(x.shape[-1])[0].to(x.device)
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
+
+
+def grain(noise: Tensor) -> Tensor:
+    """White noise (N, 1, S, S) -> noise of variance 1 with the spectrum of CT's finest texture."""
+    gain = _grain_bands(noise.shape[-1])[1].to(noise.device)
+    return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
+
+
+def grain_loss(slices: DiagonalGaussian, x: Tensor) -> Tensor:
+    """Negative log-likelihood of the fine scale of what the mean misses of x, in nats a pixel.
+
+    It teaches the variance and leaves the mean alone. (Kendall & Gal 2017, arXiv 1703.04977, have
+    the same loss for both.)
+    """
+    missed, logvar = fine_scale(x - slices.mean.detach()), slices.logvar.float()
+    return 0.5 * (logvar + missed.square() * torch.exp(-logvar)).mean()
 
 
 def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -54,6 +98,10 @@ def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:
     return patterns, gains[:, None, None]
 
 
+def res_block(width: int) -> ResBlock:
+    return ResBlock(width, width, norm=ChannelNorm)
+
+
 class Encoder(nn.Module):
     """(N, 1, H, W) -> moments (N, 2C, h, w): the network's, and for the mean a linear shortcut.
 
@@ -70,13 +118,13 @@ class Encoder(nn.Module):
             nn.Conv2d(patch * patch, widths[0], 3, padding=1),
         ]
         for i, width in enumerate(widths):
-            layers += [ResBlock(width, width) for _ in range(blocks)]
+            layers += [res_block(width) for _ in range(blocks)]
             if i + 1 < len(widths):
                 layers.append(Downsample(width, widths[i + 1]))
         layers += [
-            SelfAttention(widths[-1]),
-            ResBlock(widths[-1], widths[-1]),
-            group_norm(widths[-1]),
+            SelfAttention(widths[-1], norm=ChannelNorm),
+            res_block(widths[-1]),
+            ChannelNorm(widths[-1]),
             nn.SiLU(),
             zero_init(nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1)),
         ]
@@ -96,9 +144,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(N, C, h, w) -> (N, 1, H, W), with a linear shortcut that starts as the encoder's inverse.
+    """(N, C, h, w) -> p(x | z): mean and log-variance, each (N, 1, H, W).
 
-    The network's last convolution, at full resolution, hides the borders of patches.
+    The mean has a linear shortcut that starts as the encoder's inverse. The last convolution, at
+    full resolution, hides the borders of patches. The log-variance, of the grain, is read off the
+    features and sends no gradient into them.
     """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
@@ -109,29 +159,34 @@ class Decoder(nn.Module):
         )
         layers: list[nn.Module] = [
             nn.Conv2d(latent_dim, widths[-1], 3, padding=1),
-            ResBlock(widths[-1], widths[-1]),
-            SelfAttention(widths[-1]),
+            res_block(widths[-1]),
+            SelfAttention(widths[-1], norm=ChannelNorm),
         ]
         for i, width in reversed(list(enumerate(widths))):
-            layers += [ResBlock(width, width) for _ in range(blocks)]
+            layers += [res_block(width) for _ in range(blocks)]
             if i > 0:
                 layers += [nn.Conv2d(width, widths[i - 1], 1), nn.Upsample(scale_factor=2)]
-        layers += [
-            group_norm(widths[0]),
-            nn.SiLU(),
+        self.network = nn.Sequential(*layers, ChannelNorm(widths[0]), nn.SiLU())
+        self.mean = nn.Sequential(
             nn.Conv2d(widths[0], 8 * patch * patch, 3, padding=1),
             nn.PixelShuffle(patch),
             zero_init(nn.Conv2d(8, 1, 3, padding=1)),
-        ]
-        self.network = nn.Sequential(*layers)
+        )
+        self.logvar = nn.Sequential(
+            zero_init(nn.Conv2d(widths[0], 1, 3, padding=1)),
+            nn.Upsample(scale_factor=patch, mode="bilinear"),
+        )
+        nn.init.constant_(self.logvar[0].bias, INITIAL_GRAIN)
         patterns, gains = cosine_basis(factor, latent_dim)
         inverse = zero_init(self.shortcut[0])
         with torch.no_grad():
             inverse.weight[:, : len(patterns), 1, 1] = (patterns / gains).flatten(1).T
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Latents (N, C, h, w) -> slices (N, 1, H, W), fp32."""
-        return self.network(z).float() + self.shortcut(z).float()
+    def forward(self, z: Tensor) -> DiagonalGaussian:
+        """Latents (N, C, h, w) -> mean and log-variance of slices, each (N, 1, H, W), fp32."""
+        h = self.network(z)
+        mean = self.mean(h).float() + self.shortcut(z).float()
+        return DiagonalGaussian(mean, self.logvar(h.detach()).float().clamp(*GRAIN_RANGE))
 
 
 class VAE(nn.Module):
@@ -149,7 +204,7 @@ class VAE(nn.Module):
         image_size: int = 256,
         latent_size: int = 16,
         latent_dim: int = 8,
-        base_channels: int = 48,
+        base_channels: int = 64,
         blocks: int = 2,
     ) -> None:
         super().__init__()
@@ -165,15 +220,22 @@ class VAE(nn.Module):
                 f"image size {image_size} is not a multiple of latent size {latent_size}"
             )
 
-        # The factor splits into a patch, 4x4 where that divides, and halvings in the network.
+        # The factor splits into a patch, 4x4 where that divides, and halvings in the network. Widths
+        # grow by half of the first a level: the work then lies where the pixels are, and fewer
+        # weights need fewer steps.
         patch, widths = image_size // latent_size, [base_channels]
         while patch > 4 and patch % 2 == 0:
             patch //= 2
-            widths.append(min(2 * widths[-1], 4 * base_channels))
+            widths.append(base_channels * (len(widths) + 2) // 2)
         self.encoder = Encoder(patch, widths, blocks, latent_dim)
         self.decoder = Decoder(patch, widths, blocks, latent_dim)
         self.register_buffer("latent_shift", torch.zeros(1, latent_dim, 1, 1))
         self.register_buffer("latent_gain", torch.ones(1, latent_dim, 1, 1))
+        noise = torch.randn(
+            1, 1, image_size, image_size, generator=torch.Generator().manual_seed(0)
+        )
+        self.register_buffer("grain", grain(noise), persistent=False)
+        self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Slices (N, 1, H, W) in [-1, 1] -> posterior over (N, C, h, w), calibrated, fp32."""
@@ -187,14 +249,22 @@ class VAE(nn.Module):
             logvar + 2 * self.latent_gain.log(),
         )
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z = latent / LATENT_SCALE (N, C, h, w) -> slices (N, 1, H, W), about [-1, 1], fp32."""
+    def likelihood(self, z: Tensor) -> DiagonalGaussian:
+        """z as for `decode` -> p(x | z): mean, and log-variance of the grain, each (N, 1, H, W)."""
         return self.decoder(z / self.latent_gain + self.latent_shift)
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """Slices (N, 1, H, W) and noise (N, C, h, w) -> reconstruction and posterior."""
+    def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """z = latent / LATENT_SCALE (N, C, h, w) -> slices (N, 1, H, W), about [-1, 1], fp32.
+
+        noise: standard normal, (N, 1, H, W), what the grain is drawn from; by default the same for
+        all slices and calls.
+        """
+        return self.likelihood(z).sample(self.grain if noise is None else grain(noise))
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+        """Slices (N, 1, H, W) and noise (N, C, h, w) -> p(x | z) for one z, and the posterior."""
         posterior = self.encode(x)
-        return self.decode(posterior.sample(noise)), posterior
+        return self.likelihood(posterior.sample(noise)), posterior
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, std: Tensor) -> None:

@@ -92,7 +92,7 @@ class Validation:
     @torch.no_grad()
     def samples(self, steer: Steer, grid: Path) -> dict[str, float]:
         """Sample for the fixed contours, write the grid, measure realism and contour Dice."""
-        images = []
+        images, size = [], self.data.image_size
         timesteps = self.scheduler.timesteps(self.args.val_sampling_steps)
         self.metrics.reset()
         for rows in chunks(self.mine, BATCH):
@@ -100,10 +100,11 @@ class Validation:
             noise = item_noise(SEED, "sample", 0, rows, latents.shape[1:]).to(self.device)
             with self.precision.autocast():
                 z = dpmpp_2m(steer(contours, labels), self.scheduler, noise, timesteps)
-                batch = self.vae.decode(z / LATENT_SCALE).clamp(-1, 1)
+                pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
+                batch = self.vae.decode(z / LATENT_SCALE, pixels).clamp(-1, 1)
             self.metrics.update_fake(batch, self.data.heldout_images(rows, self.device))
             images.append(batch[:, 0].cpu().numpy())
-        empty = np.zeros((0, self.data.image_size, self.data.image_size), np.float32)
+        empty = np.zeros((0, size, size), np.float32)
         drawn = np.concatenate([empty, *images])
         agreement = dice(drawn, self.data.contours[self.mine], self.data.window)
         agreement = np.concatenate(distributed.gather(agreement))

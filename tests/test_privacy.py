@@ -24,7 +24,7 @@ def exact_vae(size: int = 32) -> VAE:
     """A VAE that moves pixels into channels and back, without loss, and learns nothing."""
     vae = VAE(size, size // 4, 16, base_channels=8, blocks=1)
     with torch.no_grad():
-        for last in vae.encoder.network[-1], vae.decoder.network[-1]:
+        for last in vae.encoder.network[-1], vae.decoder.mean[-1]:
             last.weight.zero_()
             last.bias.zero_()
         vae.encoder.shortcut.weight.copy_(torch.eye(16).view(16, 1, 4, 4))
@@ -32,6 +32,7 @@ def exact_vae(size: int = 32) -> VAE:
         vae.decoder.shortcut[0].weight[:, :, 1, 1] = torch.eye(16)
         for layer in vae.encoder.shortcut, vae.decoder.shortcut[0]:
             layer.bias.zero_()
+        vae.decoder.logvar[0].bias.fill_(-100.0)  # hardly any grain
     return vae.eval()
 
 

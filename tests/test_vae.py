@@ -1,5 +1,6 @@
 """The VAE: its sizes, its KL, and the calibration that makes latents standard."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from fibldm.vae import LATENT_SCALE, VAE, DiagonalGaussian, reconstruct
+from fibldm.vae import (
+    GRAIN_CUTOFF,
+    GRAIN_SLOPE,
+    LATENT_SCALE,
+    VAE,
+    DiagonalGaussian,
+    fine_scale,
+    grain,
+    grain_loss,
+    reconstruct,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,13 +62,13 @@ def assert_standard(latents: Tensor) -> None:
 @torch.no_grad()
 def test_calibration_makes_latents_standard_and_changes_no_reconstruction():
     vae, x, noise = tiny_vae(), slices(), normal(6, 3, 4, 4, seed=2)
-    before, sampled_before = reconstruct(vae, x), vae(x, noise)[0]
+    before, sampled_before = reconstruct(vae, x), vae(x, noise)[0].mean
     raw = vae.encode(x).mean * LATENT_SCALE
     assert (raw.var(dim=(0, 2, 3)) - 1).abs().max() > 0.1
     vae.calibrate(*moments(vae, x))
     assert_standard(vae.encode(x).mean * LATENT_SCALE)
     torch.testing.assert_close(reconstruct(vae, x), before, atol=1e-5, rtol=0)
-    torch.testing.assert_close(vae(x, noise)[0], sampled_before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(vae(x, noise)[0].mean, sampled_before, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -116,7 +127,8 @@ def test_the_untrained_vae_is_a_truncated_cosine_transform():
         patch = torch.from_numpy(idctn(coefficients.numpy(), norm="ortho")).float()
         x = patch.repeat(4, 4)[None, None]
         expected = x if kept else torch.zeros_like(x)
-        torch.testing.assert_close(vae.decode(vae.encode(x).mean), expected, atol=1e-5, rtol=0)
+        found = vae.likelihood(vae.encode(x).mean).mean
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_its_latents_start_at_about_unit_scale():
@@ -164,6 +176,68 @@ def test_posterior_samples_have_its_mean_and_variance():
     assert torch.equal(posterior.sample(torch.zeros(1, 1, 1, 1)), posterior.mean)
 
 
+def power(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Radial power spectrum of x (N, 1, S, S) at 8 frequencies up to Nyquist's, in cycles a pixel."""
+    size = x.shape[-1]
+    at = torch.fft.fftfreq(size)
+    radius = torch.hypot(at[:, None], at[None])
+    spectrum = torch.fft.fft2(x[:, 0]).abs().square().mean(dim=0) / size**2
+    rings = [(radius > (k - 0.5) / 16) & (radius <= (k + 0.5) / 16) for k in range(1, 9)]
+    return torch.stack([spectrum[ring].mean() for ring in rings]), torch.arange(1, 9) / 16
+
+
+@pytest.mark.parametrize("size", [32, 45, 256])
+def test_grain_has_variance_1_and_the_spectrum_it_is_said_to_have(size):
+    x = grain(normal(64, 1, size, size))
+    assert float(x.var()) == pytest.approx(1.0, rel=0.05)
+    torch.testing.assert_close(fine_scale(x), x, atol=1e-5, rtol=0)
+    found, frequency = power(x)
+    assert found[frequency < GRAIN_CUTOFF - 1 / 32].max() < 1e-6
+    above = frequency > GRAIN_CUTOFF + 1 / 32
+    slope = torch.log(found[above][0] / found[above][-1])
+    slope = slope / torch.log(frequency[above][-1] / frequency[above][0])
+    assert float(slope) == pytest.approx(GRAIN_SLOPE, abs=0.4)
+
+
+def test_grain_loss_is_least_at_the_variance_of_what_the_mean_misses():
+    """And is that of torch.distributions, of the fine scale."""
+    mean, logvar = normal(4, 1, 64, 64), torch.zeros(4, 1, 64, 64, requires_grad=True)
+    x = mean + 0.1 * grain(normal(4, 1, 64, 64, seed=1)) + 0.5  # brightness is none of its business
+    slices = DiagonalGaussian(mean.requires_grad_(), logvar)
+    missed = fine_scale(x - mean).detach()
+    expected = -Normal(0.0, torch.ones(())).log_prob(missed).mean() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(grain_loss(slices, x), expected)
+
+    def at(value: float) -> float:
+        return float(grain_loss(DiagonalGaussian(mean, torch.full_like(mean, value)), x))
+
+    best = 2 * math.log(0.1)
+    assert at(best) < min(at(best - 0.3), at(best + 0.3))
+    grain_loss(slices, x).backward()
+    assert mean.grad is None and (logvar.grad != 0).all()
+
+
+def test_grain_teaches_the_mean_and_the_latents_nothing():
+    vae = tiny_vae().train()
+    likelihood, _ = vae(slices(), normal(6, 3, 4, 4))
+    grain_loss(likelihood, slices()).backward()
+    taught = {name for name, p in vae.named_parameters() if p.grad is not None}
+    assert taught == {"decoder.logvar.0.weight", "decoder.logvar.0.bias"}
+
+
+@torch.no_grad()
+def test_decoding_draws_the_grain_from_the_noise_given():
+    vae, z = tiny_vae(), normal(2, 3, 4, 4)
+    mean, logvar = vae.likelihood(z)
+    noise = normal(2, 1, 32, 32, seed=3)
+    expected = mean + torch.exp(0.5 * logvar) * grain(noise)
+    torch.testing.assert_close(vae.decode(z, noise), expected)
+    assert torch.equal(vae.decode(z), vae.decode(z))
+    assert not torch.equal(vae.decode(z), vae.decode(z, noise))
+    together, alone = vae.decode(z, noise), vae.decode(z[1:], noise[1:])
+    torch.testing.assert_close(together[1:], alone)
+
+
 class Fixed(nn.Module):
     """Stands in for an encoder or a decoder: the same value everywhere."""
 
@@ -173,6 +247,14 @@ class Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.full((x.shape[0], *self.shape), self.value)
+
+
+class FixedSlices(Fixed):
+    """A decoder of slices of one value, without grain."""
+
+    def forward(self, z: Tensor) -> DiagonalGaussian:
+        mean = super().forward(z)
+        return DiagonalGaussian(mean, torch.full_like(mean, -100.0))
 
 
 def test_log_variance_has_a_floor_and_a_ceiling():
@@ -186,14 +268,15 @@ def test_log_variance_has_a_floor_and_a_ceiling():
 def test_reconstructions_are_clipped():
     vae = tiny_vae()
     for value, expected in ((50.0, 1.0), (-50.0, -1.0), (0.5, 0.5)):
-        vae.decoder = Fixed(value, 1, 32, 32)
+        vae.decoder = FixedSlices(value, 1, 32, 32)
         assert (reconstruct(vae, slices()) == expected).all()
 
 
 def test_every_parameter_is_trained():
     vae = tiny_vae().train()
-    recon, posterior = vae(slices(), normal(6, 3, 4, 4))
-    (recon.square().mean() + posterior.kl()).backward()
+    likelihood, posterior = vae(slices(), normal(6, 3, 4, 4))
+    loss = likelihood.mean.square().mean() + grain_loss(likelihood, slices()) + posterior.kl()
+    loss.backward()
     assert [name for name, p in vae.named_parameters() if p.grad is None] == []
     assert [name for name, p in vae.named_parameters() if not (p.grad != 0).any()] == []
 
