@@ -22,7 +22,13 @@ from fibldm.diagnosis import (
     reconstruction_warnings,
 )
 from fibldm.ema import EMA
-from fibldm.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, structural_loss
+from fibldm.losses import (
+    PatchDiscriminator,
+    adaptive_weight,
+    crop_at,
+    discriminator_loss,
+    structural_loss,
+)
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.muon import Muon
 from fibldm.panels import write_reconstructions
@@ -46,6 +52,7 @@ from fibldm.vae import VAE, clipped, grain, grain_loss, reconstruct
 LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
 PANEL = 8  # slices in the picture
 BATCH = 16  # slices at a time where nothing is trained
+PERCEPTUAL_MARGIN = 3  # pixels, of the random offsets that the perceptual loss looks from
 GRAIN_WEIGHT = 0.01  # of a loss that trains the grain alone: little beside others when clipped
 MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
 
@@ -81,6 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--base_channels", type=positive, default=64, help="width at the first level"
     )
     model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
+    model.add_argument(
+        "--init_checkpoint", help="vae_best.pth, of the same sizes, whose weights to start from; "
+        "the patients it has seen must not be held out here",
+    )  # fmt: skip
     losses = parser.add_argument_group("losses")
     losses.add_argument(
         "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
@@ -136,6 +147,10 @@ def main(args: argparse.Namespace) -> None:
     # Model.
     torch.manual_seed(args.seed)
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
+    lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
+    if args.init_checkpoint:
+        start_from(args.init_checkpoint, vae, args.window)
+        lineage["init_checkpoint"] = checkpoint.file_hash(args.init_checkpoint)
     vae.to(device)
     ema = EMA(vae, args.ema_decay)
     optimizer = Muon(vae, args.lr)
@@ -148,7 +163,6 @@ def main(args: argparse.Namespace) -> None:
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
     lpips = load_lpips(device) if have_lpips else None
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
-    lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
     progress = run.resume("train_vae", parts, lineage)
     if args.compile:
         torch._functorch.config.donated_buffer = False  # the adaptive weight retains the graph
@@ -166,10 +180,13 @@ def main(args: argparse.Namespace) -> None:
         f"{precision.name}, {distributed.world_size()} process(es)"
     )
 
-    def reconstruction_loss(mean: Tensor, recon: Tensor, x: Tensor) -> Tensor:
+    def reconstruction_loss(mean: Tensor, recon: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         """L1 of the mean; perceptual loss of what is seen, the mean with its grain; (N,)."""
         loss = (mean - x).abs().mean(dim=(1, 2, 3))
-        return loss if perceptual is None else loss + args.perceptual_weight * perceptual(recon, x)
+        if perceptual is None:
+            return loss
+        recon, x = (crop_at(v, offsets, PERCEPTUAL_MARGIN) for v in (recon, x))
+        return loss + args.perceptual_weight * perceptual(recon, x)
 
     def validate_and_keep_best(step: int) -> None:
         values, heldout, noise_std = validate(
@@ -197,8 +214,8 @@ def main(args: argparse.Namespace) -> None:
         adversarial = critic is not None and step > args.disc_start
         for part in range(args.grad_accum):
             positions = batches.positions(part)
-            uniform = item_uniform(args.seed, "shift", step, positions, 2)
-            x = shift_slices(next(loader)["image"], uniform, args.max_shift)
+            uniform = item_uniform(args.seed, "shift", step, positions, 4)
+            x = shift_slices(next(loader)["image"], uniform[:, :2], args.max_shift)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
             pixel_noise = item_noise(args.seed, "grain", step, positions, x.shape[1:]).to(device)
@@ -210,8 +227,9 @@ def main(args: argparse.Namespace) -> None:
                     slices, posterior = model(x, noise.to(device))
                     strength = slices.logvar.detach()
                     recon = slices._replace(logvar=strength).sample(grain(pixel_noise))
-                    rec, kl = reconstruction_loss(slices.mean, recon, x).mean(), posterior.kl()
-                    loss = rec + args.kl_weight * kl + GRAIN_WEIGHT * grain_loss(slices, x)
+                    rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:]).mean()
+                    kl, nll = posterior.kl(), grain_loss(slices, x)
+                    loss = rec + args.kl_weight * kl + GRAIN_WEIGHT * nll
                     if adversarial:
                         discriminator.requires_grad_(False)
                         fool = -discriminator(recon).float().mean()
@@ -221,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
                         loss = loss + args.disc_weight * weight * fool
                         discriminator.requires_grad_(True)
                 scaler.scale(loss / args.grad_accum).backward()
-            run.average(loss=loss, reconstruction=rec, kl=kl)
+            run.average(loss=loss, reconstruction=rec, kl=kl, grain=nll)
 
             # The discriminator.
             if adversarial:
@@ -257,6 +275,16 @@ def choose_perceptual(name: str, have_lpips: bool) -> str:
     return name if name != "auto" else "lpips" if have_lpips else "structural"
 
 
+def start_from(path: str, vae: VAE, window: list[float]) -> None:
+    """Load the weights of a VAE trained before; ValueError where it is of another form."""
+    content = checkpoint.load(path, VAE.kind)
+    remedy = "repeat the options that it was trained with"
+    checkpoint.require_equal(f"{path}: its sizes", content["config"], vae.config, remedy)
+    checkpoint.require_equal(f"{path}: its window", list(content["window"]), window, remedy)
+    vae.load_state_dict(content["state"])
+    vae.uncalibrate()
+
+
 def evenly(count: int, most: int) -> np.ndarray:
     """At most `most` of `count` positions, evenly spaced, the first and the last among them."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
@@ -267,7 +295,7 @@ def validate(
     vae: VAE,
     data: CTDataset,
     rows: list[int],
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     lpips: nn.Module | None,
     run: Run,
     step: int,
@@ -284,7 +312,11 @@ def validate(
         posterior = vae.encode(x)
         slices = vae.likelihood(posterior.mean)
         recon = clipped(slices.sample(vae.grain))
-        values = {"loss": loss(slices.mean, recon, x), **reconstruction_metrics(recon, x, lpips)}
+        centre = torch.full((len(x), 2), 0.5)
+        values = {
+            "loss": loss(slices.mean, recon, x, centre),
+            **reconstruction_metrics(recon, x, lpips),
+        }
         values["mean_psnr"] = reconstruction_metrics(clipped(slices.mean), x)["psnr"]
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())

@@ -4,9 +4,9 @@ All get the same slices, split by patient, in the same batches, and the same los
 error + KL. Ours is trained by Muon, as train_vae.py does, the others by AdamW; plain_muon, the
 plain one by Muon, tells the network's part from the optimizer's. Training time is counted on a CPU
 as core-minutes of the process, so that other load on the machine does not count. `speed` measures
-in turn in one run; `train` trains one model and goes on where it was stopped; `table` prints what
-was found and draws curves. Pictures of patients (panels) go into --out alone: they must not be
-published.
+in turn in one run; `train` trains models, one after another, and goes on where it was stopped;
+`table` prints what was found and draws curves; `measure` prints the same numbers of files that
+train_vae.py wrote. Pictures of patients (panels) go into --out alone: they must not be published.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -29,7 +30,15 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm.ct import DEFAULT_WINDOW, hu_to_unit, unit_to_hu, write_atomically
+from fibldm import checkpoint
+from fibldm.ct import (
+    DEFAULT_WINDOW,
+    fit_square,
+    hu_to_unit,
+    read_hu,
+    unit_to_hu,
+    write_atomically,
+)
 from fibldm.datasets import CTDataset, Split, read_table, shift_slices
 from fibldm.disease import noise_power
 from fibldm.ema import EMA
@@ -39,7 +48,7 @@ from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.training import Batches, Precision, item_noise, item_uniform, replace_text
-from fibldm.vae import VAE, Decoder, Encoder
+from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped, fine_scale
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
@@ -206,11 +215,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "train", "table"))
+    parser.add_argument("what", choices=("speed", "train", "table", "measure"))
     ct = os.environ.get("FIBLDM_CT") or HERE.parents[1] / "shared" / "ct"
     parser.add_argument("--ct", type=Path, default=Path(ct), help="folder of real CT, with lungs/")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; resumed")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *LEVERS])
+    parser.add_argument("--vae", type=Path, nargs="+", default=[], help="files for 'measure'")
     parser.add_argument("--channels", type=int, default=8, help="of the latent")
     parser.add_argument(
         "--minutes", type=float, default=60, help="of training a model: core-minutes on a CPU"
@@ -227,6 +237,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.ct / "lungs" / "label.csv").is_file():
         parser.error(f"--ct {args.ct}: no lungs/label.csv there (or set FIBLDM_CT)")
+    if args.what == "measure" and not args.vae:
+        parser.error("measure: give --vae FILE")
     args.seed, args.grad_accum, args.steps = 0, 1, 10**9
     return args
 
@@ -234,13 +246,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
     """Training slices (N, 1, S, S) in [-1, 1], held-out ones, and the lungs of these.
 
-    Writes the split into OUT/label.csv, which train_vae.py takes as well.
+    Writes the split into OUT/label.csv, with dataset.json, which train_vae.py takes as well.
     """
     source = args.ct / "lungs"
     rows, _ = read_table(source / "label.csv", source, Split(0, 0.5, 0.0))
     names = sorted({r.patient_id for r in rows}, key=lambda n: hashlib.sha256(n.encode()).digest())
     held = set(names[:HELD_OUT])
     args.out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "dataset.json", args.out / "dataset.json")
     with open(args.out / "label.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "contour", "patient_id", "split"])
@@ -471,6 +484,9 @@ def train_model(name: str, args: argparse.Namespace) -> None:
             content["settings"] = settings
             write_atomically(state, lambda path: torch.save(content, path))
             saved_at = seconds
+    if isinstance(model, Ours):
+        facts = {"window": list(DEFAULT_WINDOW), "split": {}, "step": step}
+        checkpoint.save_model(args.out / f"{title}_vae.pth", ema.model.vae, {}, **facts)
     print(f"{title}: has had {seconds / 60:.1f} minutes")
 
 
@@ -612,16 +628,84 @@ def quality_table(runs: dict[str, list[dict]]) -> str:
         parts["equal images"] = {
             name: next(row for row in rows if row["images"] == same) for name, rows in runs.items()
         }
-    lines = []
-    for title, rows in parts.items():
-        shown = {k: spec for k, spec in COLUMNS.items() if all(k in row for row in rows.values())}
-        lines.append(f"| {title} | {' | '.join(head for head, _ in shown.values())} |")
-        lines.append("|---" * (len(shown) + 1) + "|")
-        for name, row in rows.items():
-            cells = [form.format(row[key]) for key, (_, form) in shown.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+    return "\n\n".join(rows_table(title, rows) for title, rows in parts.items())
+
+
+def rows_table(title: str, rows: dict[str, dict]) -> str:
+    """One line for each of `rows`, as markdown."""
+    shown = {k: spec for k, spec in COLUMNS.items() if all(k in row for row in rows.values())}
+    lines = [f"| {title} | {' | '.join(head for head, _ in shown.values())} |"]
+    lines.append("|---" * (len(shown) + 1) + "|")
+    for name, row in rows.items():
+        cells = [form.format(row[key]) for key, (_, form) in shown.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# Files of train_vae.py.
+
+
+@torch.no_grad()
+def measure_files(args: argparse.Namespace) -> None:
+    """Each VAE on the held-out slices, by its mean and as it decodes; and on real fibrosis.
+
+    Beside them the slices themselves without what is finer than GRAIN_CUTOFF: what blur costs.
+    `latents`: mean and variance, in the worst channel, of held-out latents; `grid`: power of the
+    reconstructions' residual on the grids of 2, 4, 8 and 16 pixels beside that next to them, 1
+    where there is no checkerboard.
+    """
+    device = torch.device(args.device)
+    _, held, lungs = load_slices(args)
+    lpips = load_lpips(device)
+    rows = {"without the fine scale": measure(held - fine_scale(held), held, lungs, lpips)}
+    disease = fibrosis(args.ct)
+    columns = {"original": grey(disease[:, 0].numpy())}
+    for path in args.vae:
+        vae, _ = checkpoint.load_model(path, VAE)
+        vae.to(device)
+        title = path.parent.name if path.name == "vae_best.pth" else path.stem
+        latents = torch.cat([vae.encode(part.to(device)).mean.cpu() for part in held.split(8)])
+        mean = clipped(
+            torch.cat([vae.likelihood(z.to(device)).mean.cpu() for z in latents.split(8)])
+        )
+        drawn = clipped(torch.cat([vae.decode(z.to(device)).cpu() for z in latents.split(8)]))
+        latents = (latents * LATENT_SCALE).transpose(0, 1).flatten(1)
+        center, spread = latents.mean(1), latents.var(1)
+        worst = center[center.abs().argmax()], spread[(spread - 1).abs().argmax()]
+        print(
+            f"{title}: latents: mean {worst[0]:.3f}, variance {worst[1]:.3f}; "
+            f"grid {grid_power(mean - held):.2f}"
+        )
+        rows[f"{title}, mean"] = measure(mean, held, lungs, lpips)
+        rows[f"{title}, drawn"] = measure(drawn, held, lungs, lpips)
+        columns[title] = grey(reconstruct_file(vae, disease, device)[:, 0].numpy())
+    print(rows_table("", rows))
+    write_panel(args.out / "fibrosis.png", columns, per_line=1)
+
+
+def reconstruct_file(vae: VAE, x: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([clipped(vae.decode(vae.encode(p.to(device)).mean)).cpu() for p in x.split(8)])
+
+
+def fibrosis(ct: Path) -> Tensor:
+    """The slices of a patient with fibrosis, (N, 1, S, S) in [-1, 1]."""
+    slices = [read_hu(file) for file in sorted((ct / "ipf_dicom").glob("*.dcm"))]
+    return torch.from_numpy(
+        np.stack([hu_to_unit(fit_square(hu, SIZE, -1000.0), DEFAULT_WINDOW) for hu in slices])
+    )[:, None]
+
+
+def grid_power(residual: Tensor) -> float:
+    """Power at the frequencies of the patches' grids over that around them, the largest."""
+    power = torch.fft.fft2(residual[:, 0]).abs().square().mean(dim=0)
+    ratios = []
+    for period in (2, 4, 8, 16):
+        lines = torch.arange(0, SIZE, SIZE // period)
+        at = torch.cartesian_prod(lines, lines)[1:]  # all but the mean
+        around = torch.stack([power[(at + torch.tensor(shift)).remainder(SIZE).unbind(1)]
+            for shift in ((3, 3), (3, -3), (-3, 3), (-3, -3))])  # fmt: skip
+        ratios.append(float(power[at.unbind(1)].mean() / around.mean()))
+    return max(ratios)
 
 
 def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
@@ -685,7 +769,7 @@ def main(args: argparse.Namespace) -> None:
         for name in args.models:
             train_model(name, args)
         return None
-    return print_table(args)
+    return measure_files(args) if args.what == "measure" else print_table(args)
 
 
 if __name__ == "__main__":

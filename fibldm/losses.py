@@ -42,6 +42,19 @@ def structural_loss(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
+def crop_at(x: Tensor, uniform: Tensor, margin: int) -> Tensor:
+    """Crops (N, C, H - margin, W - margin) of x (N, C, H, W) at offsets from 0 to `margin`.
+
+    uniform (N, 2) in [0, 1) says how far down and right. LPIPS's network samples on a grid of 4
+    pixels; seen from one offset alone, it teaches a pattern on that grid.
+    """
+    height, width = x.shape[2] - margin, x.shape[3] - margin
+    offsets = (uniform * (margin + 1)).long().tolist()
+    return torch.stack(
+        [v[:, i : i + height, j : j + width] for v, (i, j) in zip(x, offsets, strict=True)]
+    )
+
+
 class PatchDiscriminator(nn.Sequential):
     """Slices (N, 1, H, W) -> logits (N, 1, H/8, W/8), one for each patch (arXiv 1611.07004).
 

@@ -70,14 +70,20 @@ def grain(noise: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
 
 
-def grain_loss(slices: DiagonalGaussian, x: Tensor) -> Tensor:
-    """Negative log-likelihood of the fine scale of what the mean misses of x, in nats a pixel.
+def local_power(x: Tensor) -> Tensor:
+    """Mean square of the fine scale around each pixel of x (N, 1, S, S), over 9x9 pixels."""
+    return F.avg_pool2d(fine_scale(x).square(), 9, stride=1, padding=4, count_include_pad=False)
 
-    It teaches the variance and leaves the mean alone. (Kendall & Gal 2017, arXiv 1703.04977, have
-    the same loss for both.)
+
+def grain_loss(slices: DiagonalGaussian, x: Tensor) -> Tensor:
+    """Negative log-likelihood, in nats a pixel, of the power that the mean lacks of x (N, 1, S, S).
+
+    The log-variance that is best for it gives decoded slices the power of x at the fine scale,
+    also where the mean has some of its own that is not x's. The mean learns nothing from it.
     """
-    missed, logvar = fine_scale(x - slices.mean.detach()), slices.logvar.float()
-    return 0.5 * (logvar + missed.square() * torch.exp(-logvar)).mean()
+    power, logvar = local_power(x), slices.logvar.float()
+    lacking = torch.maximum(power - local_power(slices.mean.detach()), 0.01 * power) + 1e-8
+    return 0.5 * (logvar + lacking * torch.exp(-logvar)).mean()
 
 
 def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -220,9 +226,8 @@ class VAE(nn.Module):
                 f"image size {image_size} is not a multiple of latent size {latent_size}"
             )
 
-        # The factor splits into a patch, 4x4 where that divides, and halvings in the network. Widths
-        # grow by half of the first a level: the work then lies where the pixels are, and fewer
-        # weights need fewer steps.
+        # The factor splits into a patch, 4x4 where that divides, and halvings in the network.
+        # Widths grow by half of the first a level, not by all: work lies where the pixels are.
         patch, widths = image_size // latent_size, [base_channels]
         while patch > 4 and patch % 2 == 0:
             patch //= 2
@@ -277,6 +282,11 @@ class VAE(nn.Module):
         mean, std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
         self.latent_shift += mean / self.latent_gain
         self.latent_gain /= std * LATENT_SCALE
+
+    def uncalibrate(self) -> None:
+        """Give the latents the scale they have in training."""
+        self.latent_shift.zero_()
+        self.latent_gain.fill_(1.0)
 
 
 def clipped(x: Tensor) -> Tensor:

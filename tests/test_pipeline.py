@@ -29,7 +29,7 @@ import train_controlnet
 import train_ldm_unet
 import train_vae
 from fibldm import ct
-from fibldm.checkpoint import load_model
+from fibldm.checkpoint import file_hash, load_model
 from fibldm.datasets import LatentDataset
 from fibldm.muon import Muon
 from fibldm.unet import UNet
@@ -213,6 +213,44 @@ def test_slices_are_moved_in_training(phantoms, tmp_path):
     assert losses["0"] != losses["4"] == losses["default"]  # 4 = 32 / 8
 
 
+def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp_path, monkeypatch):
+    seen, crop_at = [], train_vae.crop_at
+
+    def watched(x, offsets, margin):
+        seen.append((offsets.tolist(), margin))
+        return crop_at(x, offsets, margin)
+
+    monkeypatch.setattr(train_vae, "crop_at", watched)
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "2"))
+    offsets = [tuple(map(tuple, offsets)) for offsets, _ in seen]
+    assert offsets[0] == offsets[1] != offsets[2] == offsets[3]  # slice and reconstruction alike
+    assert {margin for _, margin in seen} == {3}
+    assert len(set(offsets[0])) == 4 and set(offsets[-1]) == {(0.5, 0.5)}  # validation: always so
+
+
+def test_a_vae_can_start_from_another_ones_weights(stages, phantoms, tmp_path, capsys):
+    source = stages / "vae" / "vae_best.pth"
+    more = ("--steps", "1", "--lr", "1e-9", "--init_checkpoint", str(source))
+    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
+    (before, _), (after, content) = (
+        load_model(path, VAE) for path in (source, tmp_path / "run" / "vae_best.pth")
+    )
+    assert content["lineage"]["init_checkpoint"] == file_hash(source)
+    for name, weight in before.named_parameters():
+        torch.testing.assert_close(dict(after.named_parameters())[name], weight, atol=1e-6, rtol=0)
+    x = torch.linspace(-1, 1, 32 * 32).view(1, 1, 32, 32)
+    found, expected = (v.likelihood(v.encode(x).mean).mean for v in (after, before))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    first = read_log(tmp_path / "run")[0]["train/kl"]
+    assert first == pytest.approx(read_log(stages / "vae")[0]["train/kl"], rel=0.5)  # uncalibrated
+    with pytest.raises(
+        ValueError, match=r"vae_best.pth: its sizes: found .*'blocks': 1.*blocks': 2"
+    ):
+        run(train_vae, vae_options(phantoms, tmp_path / "other", *more, "--blocks", "2"))
+    with pytest.raises(ValueError, match=r"vae_best.pth: its window.*-1000.*-160"):
+        run(train_vae, vae_options(phantoms, tmp_path / "other", *more, "--window", "-160", "240"))
+
+
 def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
     run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "4"))
     assert "WARNING" not in capsys.readouterr().out
@@ -220,7 +258,8 @@ def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
 
 def test_validation_logs_what_it_should(stages, without_weights):
     last = read_log(stages / "vae")[-1]
-    assert {"val/psnr", "val/ssim", "val/loss", "val/sharpness"} <= last.keys()
+    assert {"val/psnr", "val/mean_psnr", "val/ssim", "val/loss", "val/sharpness"} <= last.keys()
+    assert last["val/mean_psnr"] > last["val/psnr"]  # grain is not the slice's own
     assert abs(last["val/brightness"]) < 0.1 and 0.5 < last["val/contrast"] < 1.2
     best = [row for row in read_log(stages / "vae") if "val/latent_mean" in row][-1]
     assert abs(best["val/latent_mean"]) < 1 and 0.2 < best["val/latent_variance"] < 5
