@@ -22,6 +22,7 @@ from fibldm.diagnosis import (
     reconstruction_warnings,
 )
 from fibldm.ema import EMA
+from fibldm.grain import grain, grain_loss
 from fibldm.losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -47,7 +48,7 @@ from fibldm.training import (
     positive_float,
     run_script,
 )
-from fibldm.vae import VAE, clipped, grain, grain_loss, reconstruct
+from fibldm.vae import VAE, clipped, reconstruct
 
 LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
 PANEL = 8  # slices in the picture
@@ -228,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
                     strength = slices.logvar.detach()
                     recon = slices._replace(logvar=strength).sample(grain(pixel_noise))
                     rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:]).mean()
-                    kl, nll = posterior.kl(), grain_loss(slices, x)
+                    kl, nll = posterior.kl(), grain_loss(*slices, x)
                     loss = rec + args.kl_weight * kl + GRAIN_WEIGHT * nll
                     if adversarial:
                         discriminator.requires_grad_(False)

@@ -9,20 +9,18 @@ draws: its mean alone would be blurred (what video codecs call film grain).
 """
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fibldm.grain import grain
 from fibldm.layers import ChannelNorm, Downsample, ResBlock, SelfAttention, zero_init
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
 INITIAL_LOGVAR = -6.0
-GRAIN_CUTOFF = 0.28  # cycles per pixel: waves of 3.6 pixels; what is longer is left to the mean
-GRAIN_SLOPE = 2.7  # power of CT's texture falls as frequency ** -2.7 there (200 slices of lungs)
 GRAIN_RANGE = (-16.0, 0.0)  # of its log-variance: 0.2 to 700 HU in the default window
 INITIAL_GRAIN = -5.0  # log-variance, about that of the slices' own finest texture
 
@@ -42,48 +40,6 @@ class DiagonalGaussian(NamedTuple):
         mean, logvar = self.mean.float(), self.logvar.float()
         elements = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
         return elements.sum(dim=(1, 2, 3)).mean()
-
-
-@cache
-def _grain_bands(size: int) -> tuple[Tensor, Tensor]:
-    """Of the frequencies that rfft2 gives for size x size: 1 in the grain's band, 0 below it; and
-    the gain that gives white noise its spectrum there, with variance 1.
-    """
-    at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
-    radius = torch.hypot(at[:, None], half[None])
-    band = (radius > GRAIN_CUTOFF).float()
-    gain = band * radius.clamp(min=GRAIN_CUTOFF) ** (-GRAIN_SLOPE / 2)
-    twice = torch.where((half == 0) | (half == 0.5), 1.0, 2.0)  # rfft2 leaves their mirrors out
-    power = (gain.square() * twice).sum() / size**2
-    return band, gain / power.clamp(min=1e-12).sqrt()
-
-
-def fine_scale(x: Tensor) -> Tensor:
-    """What of x (N, 1, S, S) is above GRAIN_CUTOFF; fp32."""
-    band = _grain_bands(x.shape[-1])[0].to(x.device)
-    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
-
-
-def grain(noise: Tensor) -> Tensor:
-    """White noise (N, 1, S, S) -> noise of variance 1 with the spectrum of CT's finest texture."""
-    gain = _grain_bands(noise.shape[-1])[1].to(noise.device)
-    return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
-
-
-def local_power(x: Tensor) -> Tensor:
-    """Mean square of the fine scale around each pixel of x (N, 1, S, S), over 9x9 pixels."""
-    return F.avg_pool2d(fine_scale(x).square(), 9, stride=1, padding=4, count_include_pad=False)
-
-
-def grain_loss(slices: DiagonalGaussian, x: Tensor) -> Tensor:
-    """Negative log-likelihood, in nats a pixel, of the power that the mean lacks of x (N, 1, S, S).
-
-    The log-variance that is best for it gives decoded slices the power of x at the fine scale,
-    also where the mean has some of its own that is not x's. The mean learns nothing from it.
-    """
-    power, logvar = local_power(x), slices.logvar.float()
-    lacking = torch.maximum(power - local_power(slices.mean.detach()), 0.01 * power) + 1e-8
-    return 0.5 * (logvar + lacking * torch.exp(-logvar)).mean()
 
 
 def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:

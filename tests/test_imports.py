@@ -14,7 +14,8 @@ ALL = {**PACKAGE, **STAGES, **TOOLS}
 # What a module of the package may import from it, at most; a module not named here is free.
 MAY_IMPORT = {
     "layers": set(),
-    "vae": {"layers"},
+    "grain": set(),
+    "vae": {"layers", "grain"},
     "unet": {"layers"},
     "scheduler": set(),
     "controlnet": {"layers", "unet", "scheduler"},

@@ -1,0 +1,57 @@
+"""The grain: texture too fine for a latent, drawn from noise instead of reconstructed.
+
+Where a decoder can't know the fine scale of a slice, its best guess is none at all: a blur. It can
+know how strong it is. Video codecs do the same with film grain (AV1; Norkin & Birkbeck 2018).
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CUTOFF = 0.28  # cycles per pixel: waves of 3.6 pixels; what is longer is left to the mean
+SLOPE = 2.7  # power of CT's texture falls as frequency ** -2.7 there (200 slices of lungs)
+
+
+@cache
+def _bands(size: int) -> tuple[Tensor, Tensor]:
+    """Of the frequencies that rfft2 gives for size x size: 1 in the grain's band, 0 below it; and
+    the gain that gives white noise its spectrum there, with variance 1.
+    """
+    at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
+    radius = torch.hypot(at[:, None], half[None])
+    band = (radius > CUTOFF).float()
+    gain = band * radius.clamp(min=CUTOFF) ** (-SLOPE / 2)
+    twice = torch.where((half == 0) | (half == 0.5), 1.0, 2.0)  # rfft2 leaves their mirrors out
+    power = (gain.square() * twice).sum() / size**2
+    return band, gain / power.clamp(min=1e-12).sqrt()
+
+
+def fine_scale(x: Tensor) -> Tensor:
+    """What of x (N, 1, S, S) is above CUTOFF; fp32."""
+    band = _bands(x.shape[-1])[0].to(x.device)
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
+
+
+def grain(noise: Tensor) -> Tensor:
+    """White noise (N, 1, S, S) -> noise of variance 1 with the spectrum of CT's finest texture."""
+    gain = _bands(noise.shape[-1])[1].to(noise.device)
+    return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
+
+
+def local_power(x: Tensor) -> Tensor:
+    """Mean square of the fine scale around each pixel of x (N, 1, S, S), over 9x9 pixels."""
+    return F.avg_pool2d(fine_scale(x).square(), 9, stride=1, padding=4, count_include_pad=False)
+
+
+def grain_loss(mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
+    """Negative log-likelihood, in nats a pixel, of the power that the mean lacks of x.
+
+    All are (N, 1, S, S). The log-variance that is best for it gives decoded slices the power of x
+    at the fine scale, also where the mean has some of its own that is not x's. The mean learns
+    nothing from it.
+    """
+    power, logvar = local_power(x), logvar.float()
+    lacking = torch.maximum(power - local_power(mean.detach()), 0.01 * power) + 1e-8
+    return 0.5 * (logvar + lacking * torch.exp(-logvar)).mean()
