@@ -54,7 +54,6 @@ LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at befo
 PANEL = 8  # slices in the picture
 BATCH = 16  # slices at a time where nothing is trained
 PERCEPTUAL_MARGIN = 3  # pixels, of the random offsets that the perceptual loss looks from
-GRAIN_WEIGHT = 0.01  # of a loss that trains the grain alone: little beside others when clipped
 MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
 
 
@@ -229,8 +228,8 @@ def main(args: argparse.Namespace) -> None:
                     strength = slices.logvar.detach()
                     recon = slices._replace(logvar=strength).sample(grain(pixel_noise))
                     rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:]).mean()
-                    kl, nll = posterior.kl(), grain_loss(*slices, x)
-                    loss = rec + args.kl_weight * kl + GRAIN_WEIGHT * nll
+                    kl, texture = posterior.kl(), grain_loss(*slices, x)
+                    loss = rec + args.kl_weight * kl + texture
                     if adversarial:
                         discriminator.requires_grad_(False)
                         fool = -discriminator(recon).float().mean()
@@ -240,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
                         loss = loss + args.disc_weight * weight * fool
                         discriminator.requires_grad_(True)
                 scaler.scale(loss / args.grad_accum).backward()
-            run.average(loss=loss, reconstruction=rec, kl=kl, grain=nll)
+            run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)
 
             # The discriminator.
             if adversarial:

@@ -46,12 +46,11 @@ def local_power(x: Tensor) -> Tensor:
 
 
 def grain_loss(mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
-    """Negative log-likelihood, in nats a pixel, of the power that the mean lacks of x.
+    """How far exp(logvar) is from the power at the fine scale that the mean lacks of x.
 
-    All are (N, 1, S, S). The log-variance that is best for it gives decoded slices the power of x
-    at the fine scale, also where the mean has some of its own that is not x's. The mean learns
-    nothing from it.
+    All are (N, 1, S, S). It is the deviance of a Poisson variable but for a constant, whose best
+    estimate has the right sum over any places that it can tell apart: decoded slices have the power
+    of real ones, also where the mean has some of its own that is not x's. The mean learns nothing.
     """
-    power, logvar = local_power(x), logvar.float()
-    lacking = torch.maximum(power - local_power(mean.detach()), 0.01 * power) + 1e-8
-    return 0.5 * (logvar + lacking * torch.exp(-logvar)).mean()
+    lacking = local_power(x) - local_power(mean.detach())
+    return (torch.exp(logvar.float()) - lacking * logvar.float()).mean()
