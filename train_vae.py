@@ -26,9 +26,9 @@ from fibldm.grain import grain, grain_loss
 from fibldm.losses import (
     PatchDiscriminator,
     adaptive_weight,
-    crop_at,
     discriminator_loss,
     structural_loss,
+    view_at,
 )
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.muon import Muon
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
     lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
     if args.init_checkpoint:
-        start_from(args.init_checkpoint, vae, args.window)
+        run.warn(start_from(args.init_checkpoint, vae, args.window, lineage["label_csv"], split))
         lineage["init_checkpoint"] = checkpoint.file_hash(args.init_checkpoint)
     vae.to(device)
     ema = EMA(vae, args.ema_decay)
@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
         loss = (mean - x).abs().mean(dim=(1, 2, 3))
         if perceptual is None:
             return loss
-        recon, x = (crop_at(v, offsets, PERCEPTUAL_MARGIN) for v in (recon, x))
+        recon, x = (view_at(v, offsets, PERCEPTUAL_MARGIN) for v in (recon, x))
         return loss + args.perceptual_weight * perceptual(recon, x)
 
     def validate_and_keep_best(step: int) -> None:
@@ -275,14 +275,22 @@ def choose_perceptual(name: str, have_lpips: bool) -> str:
     return name if name != "auto" else "lpips" if have_lpips else "structural"
 
 
-def start_from(path: str, vae: VAE, window: list[float]) -> None:
-    """Load the weights of a VAE trained before; ValueError where it is of another form."""
-    content = checkpoint.load(path, VAE.kind)
+def start_from(path: str, vae: VAE, window: list[float], label_csv: str, split: Split) -> list[str]:
+    """Load the weights of a VAE trained before; returns what must be said of its patients.
+
+    ValueError where it is of another form, or has seen slices of `label_csv` that are held out.
+    """
+    trained, content = checkpoint.load_model(path, VAE)
     remedy = "repeat the options that it was trained with"
-    checkpoint.require_equal(f"{path}: its sizes", content["config"], vae.config, remedy)
+    for name, value in trained.config.items():
+        checkpoint.require_equal(f"{path}: its {name}", value, vae.config[name], remedy)
     checkpoint.require_equal(f"{path}: its window", list(content["window"]), window, remedy)
-    vae.load_state_dict(content["state"])
+    vae.load_state_dict(trained.state_dict())
     vae.uncalibrate()
+    if content["lineage"].get("label_csv") == label_csv:
+        checkpoint.require_equal(f"{path}: its split", content["split"], asdict(split), remedy)
+        return []
+    return [f"{path} was trained on another table: none of its patients may be held out here"]
 
 
 def evenly(count: int, most: int) -> np.ndarray:
@@ -307,14 +315,15 @@ def validate(
     mine = [rows[i] for i in distributed.share(len(rows))]
     totals: dict[str, float] = {}
     sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=run.device)
-    for batch in load_batches(data, chunks(mine, BATCH), 0):
+    parts = chunks(mine, BATCH)
+    for part, batch in zip(parts, load_batches(data, parts, 0), strict=True):
         x = batch["image"].to(run.device)
         posterior = vae.encode(x)
+        offsets = item_uniform(0, "val", 0, part, 2)  # each slice's own, always the same
         slices = vae.likelihood(posterior.mean)
         recon = clipped(slices.sample(vae.grain))
-        centre = torch.full((len(x), 2), 0.5)
         values = {
-            "loss": loss(slices.mean, recon, x, centre),
+            "loss": loss(slices.mean, recon, x, offsets),
             **reconstruction_metrics(recon, x, lpips),
         }
         values["mean_psnr"] = reconstruction_metrics(clipped(slices.mean), x)["psnr"]

@@ -50,7 +50,7 @@ from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.training import Batches, Precision, item_noise, item_uniform, replace_text
-from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
+from fibldm.vae import GRAIN_RANGE, LATENT_SCALE, VAE, Decoder, Encoder, clipped
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
@@ -281,10 +281,11 @@ def make(name: str, args: argparse.Namespace, layout: str = "") -> nn.Module:
 
 
 def faster_layout(name: str, args: argparse.Namespace) -> str:
-    """The memory format in which `speed` saw the model train faster; a lever's is that of ours."""
+    """The memory format in which `speed` saw the model train faster, or the one it derives from."""
     file = args.out / f"speed_{args.precision}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
-    known = {"plain_muon": "plain"}.get(name, name if name in MODELS else "ours")
+    like = {"plain_muon": "plain", **dict.fromkeys(LEVERS, "ours")}
+    known = name if name in found else like.get(name, name)
     if known not in found:
         raise ValueError(f"{file}: no speed of {known} there; run 'speed' with this --out first")
     return found[known]["layout"]
@@ -358,7 +359,9 @@ def measure_speed(args: argparse.Namespace) -> None:
             **{task: max(values.values()) for task, values in medians.items()},
             "all": {key: found[key] for key in found if key.startswith(f"{name} ")},
         }
-    replace_text(args.out / f"speed_{args.precision}.json", json.dumps(result, indent=2))
+    file = args.out / f"speed_{args.precision}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    replace_text(file, json.dumps(before | result, indent=2))
     print(speed_table(args))
 
 
@@ -445,7 +448,7 @@ def train_model(name: str, args: argparse.Namespace) -> None:
     ema, optimizer = EMA(model, 0.999), make_optimizer(name, model, args)
     file, state = args.out / f"{title}.jsonl", args.out / f"{title}.pth"
     names = ("batch_size", "lr", "muon_lr", "precision", "device")
-    settings = {key: getattr(args, key) for key in names}
+    settings = {key: getattr(args, key) for key in names} | {"kl_weight": KL_WEIGHT}
     step, seconds, rows = 0, 0.0, []
     if state.is_file():
         saved = torch.load(state, weights_only=True)
@@ -490,7 +493,8 @@ def train_model(name: str, args: argparse.Namespace) -> None:
             content["settings"] = settings
             write_atomically(state, lambda path: torch.save(content, path))
             saved_at = seconds
-    if isinstance(model, Ours):
+    if name == "ours":
+        nn.init.constant_(ema.model.vae.decoder.logvar[0].bias, GRAIN_RANGE[0])  # has learnt none
         facts = {"window": list(DEFAULT_WINDOW), "split": {}, "step": step}
         checkpoint.save_model(args.out / f"{title}_vae.pth", ema.model.vae, {}, **facts)
     print(f"{title}: has had {seconds / 60:.1f} minutes")
@@ -626,13 +630,15 @@ COLUMNS = {
 
 
 def quality_table(runs: dict[str, list[dict]]) -> str:
-    """At the end of each model's budget, and after as many images as all have seen."""
-    common = set.intersection(*({row["images"] for row in rows} for rows in runs.values()))
-    parts = {"equal time": {name: rows[-1] for name, rows in runs.items()}}
+    """At the end of each model's budget, and after as many images as all models have seen."""
+    models = {name: rows for name, rows in runs.items() if name in MODELS}
+    common = set.intersection(*({row["images"] for row in rows} for rows in models.values()))
+    parts = {"at the end": {name: rows[-1] for name, rows in runs.items()}}
     if common:
         same = max(common)
         parts["equal images"] = {
-            name: next(row for row in rows if row["images"] == same) for name, rows in runs.items()
+            name: next(row for row in rows if row["images"] == same)
+            for name, rows in models.items()
         }
     return "\n\n".join(rows_table(title, rows) for title, rows in parts.items())
 
@@ -715,7 +721,8 @@ def grid_power(residual: Tensor) -> float:
     ratios = []
     for period in (2, 4, 8, 16):
         lines = torch.arange(0, SIZE, SIZE // period)
-        at = torch.cartesian_prod(lines, lines)[1:]  # all but the mean
+        at = torch.cartesian_prod(lines, lines)
+        at = at[(at != 0).all(dim=1)]  # tables and edges that lie straight are on the axes
         around = torch.stack([power[(at + torch.tensor(shift)).remainder(SIZE).unbind(1)]
             for shift in ((3, 3), (3, -3), (-3, 3), (-3, -3))])  # fmt: skip
         ratios.append(float(power[at.unbind(1)].mean() / around.mean()))

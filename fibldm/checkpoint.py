@@ -119,11 +119,12 @@ def save_training(
 def load_training(path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict) -> dict:
     """Restore each part from what `save_training` wrote; return the file's content."""
     content = load(path, kind)
-    for name, value in lineage.items():
+    before = content.get("lineage", {})
+    for name in {**lineage, **before}:
         require_equal(
             f"{path}: the SHA-256 of its {name}",
-            content.get("lineage", {}).get(name),
-            value,
+            before.get(name),
+            lineage.get(name),
             "the input changed since this run began; train into another --save_dir",
         )
     found = sorted(content.get("states", {}))

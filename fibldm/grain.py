@@ -46,11 +46,12 @@ def local_power(x: Tensor) -> Tensor:
 
 
 def grain_loss(mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
-    """How far exp(logvar) is from the power at the fine scale that the mean lacks of x.
+    """exp(logvar) - lacking * logvar, mean over pixels; lacking: power that the mean lacks of x.
 
-    All are (N, 1, S, S). It is the deviance of a Poisson variable but for a constant, whose best
-    estimate has the right sum over any places that it can tell apart: decoded slices have the power
-    of real ones, also where the mean has some of its own that is not x's. The mean learns nothing.
+    All are (N, 1, S, S), power is that of the fine scale. Its derivative by logvar is exp(logvar) -
+    lacking (Poisson regression's): at the best estimate both have the same sum over all places that
+    the decoder does not tell apart, so that decoded slices have the power of real ones, also where
+    the mean has some of its own that is not x's. The mean learns nothing.
     """
     lacking = local_power(x) - local_power(mean.detach())
     return (torch.exp(logvar.float()) - lacking * logvar.float()).mean()

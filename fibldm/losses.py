@@ -42,13 +42,14 @@ def structural_loss(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def crop_at(x: Tensor, uniform: Tensor, margin: int) -> Tensor:
-    """Crops (N, C, H - margin, W - margin) of x (N, C, H, W) at offsets from 0 to `margin`.
+def view_at(x: Tensor, uniform: Tensor, margin: int) -> Tensor:
+    """Views (N, C, H, W) of slices x, of that shape, moved up and left by 0 to `margin` pixels.
 
-    uniform (N, 2) in [0, 1) says how far down and right. LPIPS's network samples on a grid of 4
-    pixels; seen from one offset alone, it teaches a pattern on that grid.
+    uniform (N, 2) in [0, 1) says how far; what comes in is air, -1. LPIPS's network samples on a
+    grid of 4 pixels: seen from one offset alone, it teaches a pattern on that grid.
     """
-    height, width = x.shape[2] - margin, x.shape[3] - margin
+    height, width = x.shape[2:]
+    x = F.pad(x, (0, margin, 0, margin), value=-1.0)
     offsets = (uniform * (margin + 1)).long().tolist()
     return torch.stack(
         [v[:, i : i + height, j : j + width] for v, (i, j) in zip(x, offsets, strict=True)]

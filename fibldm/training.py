@@ -25,7 +25,7 @@ from fibldm.checkpoint import Stateful, load_training, save_training
 FREE_OPTIONS = {
     *("steps", "device", "compile", "grad_accum", "num_workers"),
     *("log_interval", "save_interval", "csv_file", "csv_path", "img_dir", "data_path"),
-    *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "save_dir"),
+    *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
 }
 
 

@@ -100,8 +100,8 @@ class Validation:
             noise = item_noise(SEED, "sample", 0, rows, latents.shape[1:]).to(self.device)
             with self.precision.autocast():
                 z = dpmpp_2m(steer(contours, labels), self.scheduler, noise, timesteps)
-                pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
-                batch = self.vae.decode(z / LATENT_SCALE, pixels).clamp(-1, 1)
+            pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
+            batch = self.vae.decode(z.float() / LATENT_SCALE, pixels).clamp(-1, 1)
             self.metrics.update_fake(batch, self.data.heldout_images(rows, self.device))
             images.append(batch[:, 0].cpu().numpy())
         empty = np.zeros((0, size, size), np.float32)

@@ -7,10 +7,10 @@ from skimage.metrics import structural_similarity as skimage_ssim
 from fibldm.losses import (
     PatchDiscriminator,
     adaptive_weight,
-    crop_at,
     discriminator_loss,
     structural_loss,
     structural_similarity,
+    view_at,
 )
 
 
@@ -86,12 +86,13 @@ def test_discriminator_judges_patches_and_each_slice_alone():
     assert torch.allclose(net(x)[1:2], net(x[1:2]), atol=1e-5)
 
 
-def test_crops_are_at_each_slices_own_offset_and_cover_all_of_them():
+def test_views_are_at_each_slices_own_offset_and_keep_its_size():
     x = torch.arange(2 * 36.0).view(2, 1, 6, 6).requires_grad_()
-    crops = crop_at(x, torch.tensor([[0.0, 0.99], [0.5, 0.3]]), 3)
-    assert torch.equal(crops[0], x[0, :, :3, 3:]) and torch.equal(crops[1], x[1, :, 2:5, 1:4])
-    crops.sum().backward()
-    assert x.grad.sum() == crops.numel()
+    views = view_at(x, torch.tensor([[0.0, 0.99], [0.5, 0.3]]), 3)
+    assert torch.equal(views[0, :, :, :3], x[0, :, :, 3:]) and (views[0, :, :, 3:] == -1).all()
+    assert torch.equal(views[1, :, :4, :5], x[1, :, 2:, 1:])
+    views.sum().backward()
+    assert x.grad.sum() == 6 * 3 + 4 * 5
     uniform = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
-    corners = crop_at(x.detach()[:1].expand(200, 1, 6, 6), uniform, 3)[:, 0, 0, 0]
+    corners = view_at(x.detach()[:1].expand(200, 1, 6, 6), uniform, 3)[:, 0, 0, 0]
     assert len(corners.unique()) == 16
