@@ -245,12 +245,38 @@ def test_a_vae_can_start_from_another_ones_weights(stages, phantoms, tmp_path, c
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     first = read_log(tmp_path / "run")[0]["train/kl"]
     assert first == pytest.approx(read_log(stages / "vae")[0]["train/kl"], rel=0.5)  # uncalibrated
-    with pytest.raises(
-        ValueError, match=r"vae_best.pth: its sizes: found .*'blocks': 1.*blocks': 2"
-    ):
-        run(train_vae, vae_options(phantoms, tmp_path / "other", *more, "--blocks", "2"))
-    with pytest.raises(ValueError, match=r"vae_best.pth: its window.*-1000.*-160"):
-        run(train_vae, vae_options(phantoms, tmp_path / "other", *more, "--window", "-160", "240"))
+    for wrong, found in {
+        "--blocks 2": "its blocks: found 1, expected 2",
+        "--window -160 240": r"its window: found \[-1000.*-160",
+        "--split_seed 3": r"its split: found .*'seed': 0.*'seed': 3",
+    }.items():
+        with pytest.raises(ValueError, match=rf"vae_best.pth: {found}"):
+            run(train_vae, vae_options(phantoms, tmp_path / "other", *more, *wrong.split()))
+    with pytest.raises(ValueError, match=r"init_checkpoint: found .*, expected None"):
+        run(train_vae, vae_options(phantoms, tmp_path / "run", *more[:4]))
+    assert "trained on another table" not in capsys.readouterr().out
+    shutil.copytree(phantoms, tmp_path / "data")
+    (tmp_path / "data" / "label.csv").open("a").write("\n")
+    run(train_vae, vae_options(tmp_path / "data", tmp_path / "new", *more))
+    assert "trained on another table" in capsys.readouterr().out
+
+
+class Smallest(torch.nn.Module):
+    """A distance that refuses small images, as LPIPS does."""
+
+    def forward(self, x, y):
+        assert min(x.shape[2:]) >= 32
+        return (x - y).square().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("perceptual", ["lpips", "structural"])
+def test_small_slices_train_with_a_perceptual_loss(perceptual, phantoms, tmp_path, monkeypatch):
+    if perceptual == "lpips":
+        monkeypatch.setattr(train_vae, "missing_weights", lambda names: {})
+        monkeypatch.setattr(train_vae, "load_lpips", lambda device: Smallest())
+    size = {"lpips": "32", "structural": "12"}[perceptual]
+    more = ("--steps", "1", "--perceptual", perceptual, "--image_size", size, "--latent_size", "4")
+    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
 
 
 def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
