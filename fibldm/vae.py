@@ -134,11 +134,13 @@ class Decoder(nn.Module):
             nn.PixelShuffle(patch),
             zero_init(nn.Conv2d(8, 1, 3, padding=1)),
         )
-        self.logvar = nn.Sequential(
+        self.logvar = nn.Sequential(  # features are the mean's: one convolution can't tell lungs
+            nn.Conv2d(widths[0], widths[0], 3, padding=1),
+            nn.SiLU(),
             zero_init(nn.Conv2d(widths[0], 1, 3, padding=1)),
             nn.Upsample(scale_factor=patch, mode="bilinear"),
         )
-        nn.init.constant_(self.logvar[0].bias, INITIAL_GRAIN)
+        nn.init.constant_(self.logvar[2].bias, INITIAL_GRAIN)
         patterns, gains = cosine_basis(factor, latent_dim)
         inverse = zero_init(self.shortcut[0])
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -31,9 +32,11 @@ import train_vae
 from fibldm import ct
 from fibldm.checkpoint import file_hash, load_model
 from fibldm.datasets import LatentDataset
+from fibldm.grain import fine_scale, grain_loss
+from fibldm.losses import structural_loss
 from fibldm.muon import Muon
 from fibldm.unet import UNet
-from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE
 
 pytestmark = pytest.mark.usefixtures("without_weights", "one_thread")
 
@@ -228,6 +231,76 @@ def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp
     assert len(set(offsets[0])) == 4
     run(train_vae, vae_options(phantoms, tmp_path / "other", "--steps", "1", "--seed", "5"))
     assert offsets[-1] == tuple(map(tuple, seen[-1][0]))  # those of validation are always the same
+
+
+def test_the_perceptual_loss_sees_the_grain_and_cannot_change_its_strength(
+    phantoms, tmp_path, monkeypatch
+):
+    """It compares what is decoded with the slice; the grain's own loss teaches its strength."""
+    seen = []
+
+    def watched_perceptual(recon, x):
+        seen.append((recon, x))
+        return structural_loss(recon, x)
+
+    def watched_grain(mean, logvar, x):
+        recon, compared = seen[-1]
+        assert compared is x
+        added = (recon - mean) / torch.exp(0.5 * logvar)
+        assert float(added.detach().std()) == pytest.approx(1.0, abs=0.1)
+        assert torch.autograd.grad(recon.sum(), logvar, retain_graph=True, allow_unused=True) == (
+            None,
+        )
+        return grain_loss(mean, logvar, x)
+
+    monkeypatch.setattr(train_vae, "structural_loss", watched_perceptual)
+    monkeypatch.setattr(train_vae, "grain_loss", watched_grain)
+    monkeypatch.setattr(train_vae, "view_at", lambda x, offsets, margin: x)
+    more = ("--steps", "2", "--perceptual", "structural")
+    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
+    assert len(seen) == 3  # two steps, one validation
+    vae, _ = load_model(tmp_path / "run" / "vae_best.pth", VAE)
+    assert float(vae.decoder.logvar[2].bias) != INITIAL_GRAIN
+
+
+def test_the_discriminator_sees_what_is_decoded(phantoms, tmp_path, monkeypatch):
+    seen, forward = [], train_vae.PatchDiscriminator.forward
+
+    def watched(self, x):
+        seen.append(x.detach())
+        return forward(self, x)
+
+    monkeypatch.setattr(train_vae.PatchDiscriminator, "forward", watched)
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "1", "--disc_start", "0"))
+    fooling, (_, fake) = seen[0], seen[1].chunk(2)
+    assert torch.equal(fooling, fake) and fine_scale(fake).std() > 0.5 * math.exp(INITIAL_GRAIN / 2)
+
+
+def grain_drawn_from(monkeypatch, script, arguments) -> torch.Tensor:
+    """The noise that the VAE decodes with, one for each slice, (N, 1, S, S)."""
+    seen, decode = [], VAE.decode
+
+    def watched(self, z, noise=None):
+        seen.append(noise)
+        return decode(self, z, noise)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAE, "decode", watched)
+        run(script, arguments)
+    return torch.cat(seen)
+
+
+def test_each_sample_has_a_grain_of_its_own(stages, phantoms, tmp_path, monkeypatch):
+    def drawn(name, *more):
+        more = ("--latent_data_dir", str(stages / "latents"), "--num_samples", "3", *more)
+        return grain_drawn_from(monkeypatch, sample, sample_options(stages, tmp_path / name, *more))
+
+    together, alone, other = drawn("a"), drawn("b", "--batch_size", "1"), drawn("c", "--seed", "1")
+    assert torch.equal(together, alone) and not torch.equal(together, other)
+    assert len({float(noise.sum()) for noise in together}) == 3
+    validated = unet_options(stages, tmp_path / "unet", "--steps", "1")
+    noise = grain_drawn_from(monkeypatch, train_ldm_unet, validated)
+    assert len({float(one.sum()) for one in noise}) == len(noise) == 4
 
 
 def test_a_vae_can_start_from_another_ones_weights(stages, phantoms, tmp_path, capsys):
