@@ -619,8 +619,13 @@ def shared_run(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(shared_run, (2, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    run = torch.multiprocessing.spawn(shared_run, (2, str(tmp_path)), nprocs=2, join=False)
+    for process in run.processes:
+        process.join()
+    files = [tmp_path / f"{rank}.pt" for rank in (0, 1)]
+    if not all(file.is_file() for file in files):
+        run.join()  # raises what went wrong; one that gloo aborts as it leaves did its work
+    found = [torch.load(file, weights_only=True) for file in files]
     assert found[0] == found[1]
     real, fake = slices(7, seed=0, size=64), slices(6, seed=1, size=64)
     paired = slices(6, seed=2, size=64)
