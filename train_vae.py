@@ -14,7 +14,6 @@ from fibldm import checkpoint, distributed
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CTDataset, Split, chunks, load_batches, read_table, shift_slices
 from fibldm.diagnosis import (
-    discriminator_warnings,
     heldout_latents,
     input_warnings,
     latent_warnings,
@@ -22,14 +21,8 @@ from fibldm.diagnosis import (
     reconstruction_warnings,
 )
 from fibldm.ema import EMA
-from fibldm.grain import grain, grain_loss
-from fibldm.losses import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    structural_loss,
-    view_at,
-)
+from fibldm.grain import grain_loss, moved
+from fibldm.losses import structural_loss, view_at
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.muon import Muon
 from fibldm.panels import write_reconstructions
@@ -45,7 +38,6 @@ from fibldm.training import (
     make_parser,
     optimizer_step,
     positive,
-    positive_float,
     run_script,
 )
 from fibldm.vae import VAE, clipped, reconstruct
@@ -101,11 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto: LPIPS where its weights are, else gradients and SSIM, which need none",
     )  # fmt: skip
     losses.add_argument("--perceptual_weight", type=float, default=0.1, help="beside L1")
-    losses.add_argument("--disc_weight", type=float, default=0.1, help="0: no discriminator")
-    losses.add_argument("--disc_start", type=int, default=5000, help="step it sets in after")
-    losses.add_argument(
-        "--disc_lr", type=positive_float, default=2e-4, help="learning rate of the discriminator"
-    )
     add_training_options(
         parser, steps=20_000, batch_size=16, lr=2e-3, warmup_steps=200, ema_decay=0.999,
         save_interval=500, val_interval=1000,
@@ -156,19 +143,12 @@ def main(args: argparse.Namespace) -> None:
     optimizer = Muon(vae, args.lr)
     scaler = precision.scaler()
     parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    if args.disc_weight > 0:
-        discriminator = PatchDiscriminator().to(device)
-        weights = discriminator.parameters()
-        disc_optimizer = torch.optim.AdamW(weights, args.disc_lr, betas=(0.5, 0.9))
-        parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer}
     lpips = load_lpips(device) if have_lpips else None
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
     progress = run.resume("train_vae", parts, lineage)
     if args.compile:
-        torch._functorch.config.donated_buffer = False  # the adaptive weight retains the graph
         vae.compile()
     model = distributed.wrap(vae, device)
-    critic = distributed.wrap(discriminator, device) if args.disc_weight > 0 else None
 
     # Data.
     batches = Batches(train_rows, args, progress["step"])
@@ -194,7 +174,6 @@ def main(args: argparse.Namespace) -> None:
         )
         run.warn(latent_warnings(heldout[1], noise_std))
         run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
-        run.warn(discriminator_warnings(run.recent.get("disc_loss", 1.0)))
         best = copy.deepcopy(ema.model) if run.is_best(values["loss"]) else None
         if best is not None:
             trained = measure_latents(best, data, train_rows, args, device)
@@ -211,52 +190,29 @@ def main(args: argparse.Namespace) -> None:
     if run.validation_pending():
         validate_and_keep_best(progress["step"])
     for step in run.steps():
-        adversarial = critic is not None and step > args.disc_start
         for part in range(args.grad_accum):
             positions = batches.positions(part)
-            uniform = item_uniform(args.seed, "shift", step, positions, 4)
+            uniform = item_uniform(args.seed, "shift", step, positions, 6)
             x = shift_slices(next(loader)["image"], uniform[:, :2], args.max_shift)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
-            pixel_noise = item_noise(args.seed, "grain", step, positions, x.shape[1:]).to(device)
-            sync = part + 1 == args.grad_accum
 
-            # The autoencoder.
-            with distributed.sync_gradients(model, sync):
+            # Loss.
+            with distributed.sync_gradients(model, part + 1 == args.grad_accum):
                 with precision.autocast():
                     slices, posterior = model(x, noise.to(device))
-                    strength = slices.logvar.detach()
-                    recon = slices._replace(logvar=strength).sample(grain(pixel_noise))
-                    rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:]).mean()
+                    decoded = slices._replace(logvar=slices.logvar.detach())
+                    recon = decoded.sample(moved(vae.grain, uniform[:, 4:]))
+                    rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:4]).mean()
                     kl, texture = posterior.kl(), grain_loss(*slices, x)
                     loss = rec + args.kl_weight * kl + texture
-                    if adversarial:
-                        discriminator.requires_grad_(False)
-                        fool = -discriminator(recon).float().mean()
-                        weight = adaptive_weight(
-                            scaler.scale(rec), scaler.scale(fool), vae.decoder.mean[-1].weight
-                        )
-                        loss = loss + args.disc_weight * weight * fool
-                        discriminator.requires_grad_(True)
                 scaler.scale(loss / args.grad_accum).backward()
             run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)
 
-            # The discriminator.
-            if adversarial:
-                with distributed.sync_gradients(critic, sync):
-                    with precision.autocast():
-                        real, fake = critic(torch.cat([x, recon.detach()])).chunk(2)
-                    disc_loss = discriminator_loss(real, fake)
-                    scaler.scale(disc_loss / args.grad_accum).backward()
-                run.average(disc_loss=disc_loss, disc_weight=weight)
-
         # Step.
-        grad_norm = optimizer_step(optimizer, scaler, step, args)
-        if adversarial:
-            optimizer_step(disc_optimizer, scaler, step, args, args.disc_lr)
+        run.average(grad_norm=optimizer_step(optimizer, scaler, step, args))
         scaler.update()
         ema.update(vae)
-        run.average(grad_norm=grad_norm)
 
         # Log and save, reconstruct and validate.
         if run.end_step(step):

@@ -9,7 +9,6 @@ from fibldm.inspection import hu_problem
 
 DROWNED = 0.1  # share of signal in a latent channel's variance, below which it carries nothing
 EXPLODED = 30.0  # standard deviation of a latent channel; at the start of training it is about 1
-WON = 0.1  # hinge loss of the discriminator; 1 where it can't tell at all
 ANEW = ", in another --save_dir"  # a run keeps its options
 BIAS = 0.02  # of the mean in [-1, 1]: 14 HU at the default window
 FLAT = 0.9  # standard deviation of reconstructions over that of slices
@@ -65,7 +64,7 @@ def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
         warnings.append(
             f"reconstructions are {'darker' if brightness < 0 else 'brighter'} than their slices "
             f"by {abs(brightness) / 2:.1%} of the window, expected at most {BIAS / 2:.1%}; train "
-            f"longer, or lower --perceptual_weight and --disc_weight{ANEW}"
+            f"longer, or lower --perceptual_weight{ANEW}"
         )
     if contrast < FLAT:
         warnings.append(
@@ -73,16 +72,6 @@ def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
             f"deviation, expected {FLAT:g} and more; train longer, or lower --kl_weight{ANEW}"
         )
     return warnings
-
-
-def discriminator_warnings(loss: float) -> list[str]:
-    """A discriminator that tells every patch, so that the VAE learns nothing from it."""
-    if loss >= WON:
-        return []
-    return [
-        f"the discriminator has won: its loss is {loss:.3f}, of 1 where it can tell nothing; its "
-        f"gradients teach noise now. Lower --disc_weight, or raise --disc_start{ANEW}"
-    ]
 
 
 def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -430,9 +430,9 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def learning_rate(step: int, peak: float, args: argparse.Namespace) -> float:
-    """Linear warm-up to the peak, then constant: a run can go on without changing its past."""
-    return peak * min(1.0, step / max(1, args.warmup_steps))
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up to --lr, then constant: a run can go on without changing its past."""
+    return args.lr * min(1.0, step / max(1, args.warmup_steps))
 
 
 def optimizer_step(
@@ -440,14 +440,10 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     step: int,
     args: argparse.Namespace,
-    lr: float | None = None,
 ) -> Tensor:
-    """Clip, step at this step's learning rate, clear; return the gradients' norm before clipping.
-
-    lr: where the warm-up ends, by default --lr.
-    """
+    """Clip, step at this step's learning rate, clear; return the norm before clipping."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.lr if lr is None else lr, args)
+        group["lr"] = learning_rate(step, args)
     scaler.unscale_(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)

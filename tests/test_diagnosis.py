@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fibldm.diagnosis import (
-    discriminator_warnings,
     heldout_latents,
     input_warnings,
     latent_warnings,
@@ -50,12 +49,6 @@ def test_flat_reconstructions_are_named():
     (warning,) = reconstruction_warnings(0.0, 0.5)
     assert "flatter" in warning and "0.50" in warning and "--kl_weight" in warning
     assert reconstruction_warnings(0.005, 0.97) == []
-
-
-def test_a_discriminator_that_won_is_named():
-    (warning,) = discriminator_warnings(0.01)
-    assert "0.010" in warning and "--disc_weight" in warning and "--disc_start" in warning
-    assert discriminator_warnings(0.8) == []
 
 
 def test_inputs_that_are_not_hu_are_named():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibldm.grain import CUTOFF, SLOPE, fine_scale, grain, grain_loss
+from fibldm.grain import CUTOFF, SLOPE, fine_scale, grain, grain_loss, moved
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -34,6 +34,16 @@ def test_grain_has_variance_1_and_the_spectrum_it_is_said_to_have(size):
     slope = torch.log(found[above][0] / found[above][-1])
     slope = slope / torch.log(frequency[above][-1] / frequency[above][0])
     assert float(slope) == pytest.approx(SLOPE, abs=0.4)
+
+
+def test_a_moved_grain_is_as_good_as_another_draw():
+    """The same spectrum and no seam, since it is periodic; and it has little to do with itself."""
+    field = grain(normal(1, 1, 64, 64))
+    uniform = torch.tensor([[0.0, 0.0], [0.5, 0.25], [0.999, 0.1]])
+    views = moved(field, uniform)
+    assert torch.equal(views[0], field[0]) and views[1, 0, 32, 16] == field[0, 0, 0, 0]
+    torch.testing.assert_close(fine_scale(views), views, atol=1e-5, rtol=0)
+    assert float((views[0] * views[1]).mean().abs()) < 0.1
 
 
 def test_grain_loss_is_least_where_decoded_slices_have_the_power_of_the_real_ones():

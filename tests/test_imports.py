@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "samplers": {"scheduler"},
     "ema": set(),
     "muon": set(),
-    "losses": {"layers", "distributed"},
+    "losses": set(),
     "distributed": set(),
     "checkpoint": {"distributed"},
     "ct": {"dicom", "nifti"},
@@ -93,7 +93,7 @@ def test_this_test_sees_the_files():
         STAGES
     )
     assert modules_of_the_package(STAGES["train_controlnet"]) >= {"unet", "checkpoint"}
-    assert modules_of_the_package(PACKAGE["losses"]) == {"layers", "distributed"}
+    assert modules_of_the_package(PACKAGE["vae"]) == {"layers", "grain"}
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ import train_vae
 from fibldm import ct
 from fibldm.checkpoint import file_hash, load_model
 from fibldm.datasets import LatentDataset
-from fibldm.grain import fine_scale, grain_loss
+from fibldm.grain import grain_loss
 from fibldm.losses import structural_loss
 from fibldm.muon import Muon
 from fibldm.unet import UNet
@@ -186,11 +185,8 @@ def test_what_goes_wrong_in_a_vae_is_said_with_its_remedy(phantoms, tmp_path, ca
     assert "have collapsed" in out and "lower --kl_weight" in out
 
 
-def test_the_vae_is_stepped_by_muon_and_the_discriminator_at_its_own_rate(
-    phantoms, tmp_path, capsys, monkeypatch
-):
-    """And a discriminator whose loss is 0 is said to have won."""
-    rates, step, loss = {}, train_vae.optimizer_step, train_vae.discriminator_loss
+def test_the_vae_is_stepped_by_muon_at_the_rate_given(phantoms, tmp_path, monkeypatch):
+    rates, step = {}, train_vae.optimizer_step
 
     def watched(optimizer, *rest):
         norm = step(optimizer, *rest)
@@ -198,11 +194,8 @@ def test_the_vae_is_stepped_by_muon_and_the_discriminator_at_its_own_rate(
         return norm
 
     monkeypatch.setattr(train_vae, "optimizer_step", watched)
-    monkeypatch.setattr(train_vae, "discriminator_loss", lambda *logits: 0 * loss(*logits))
-    more = ("--steps", "4", "--lr", "1e-3", "--disc_lr", "3e-4", "--disc_start", "1")
-    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
-    assert rates == {"Muon": {1e-3}, "AdamW": {3e-4}}
-    assert "the discriminator has won" in capsys.readouterr().out
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "4", "--lr", "1e-3"))
+    assert rates == {"Muon": {1e-3}}
 
 
 def test_slices_are_moved_in_training(phantoms, tmp_path):
@@ -261,19 +254,6 @@ def test_the_perceptual_loss_sees_the_grain_and_cannot_change_its_strength(
     assert len(seen) == 3  # two steps, one validation
     vae, _ = load_model(tmp_path / "run" / "vae_best.pth", VAE)
     assert float(vae.decoder.logvar[2].bias) != INITIAL_GRAIN
-
-
-def test_the_discriminator_sees_what_is_decoded(phantoms, tmp_path, monkeypatch):
-    seen, forward = [], train_vae.PatchDiscriminator.forward
-
-    def watched(self, x):
-        seen.append(x.detach())
-        return forward(self, x)
-
-    monkeypatch.setattr(train_vae.PatchDiscriminator, "forward", watched)
-    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "1", "--disc_start", "0"))
-    fooling, (_, fake) = seen[0], seen[1].chunk(2)
-    assert torch.equal(fooling, fake) and fine_scale(fake).std() > 0.5 * math.exp(INITIAL_GRAIN / 2)
 
 
 def grain_drawn_from(monkeypatch, script, arguments) -> torch.Tensor:
@@ -427,8 +407,6 @@ def assert_same_state(a: Path, b: Path) -> None:
 def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     """Killed at step 7, after the save at step 5; the same command ends bit-identical."""
     script, more = SCRIPTS[stage], ["--steps", "12", "--save_interval", "5", "--val_interval", "4"]
-    if stage == "vae":
-        more += ["--disc_start", "3"]
     run(script, options(stage, stages, phantoms, tmp_path / "whole", *more))
     killed = options(stage, stages, phantoms, tmp_path / "killed", *more)
     assert run_and_die(script, killed, step=7, number=signal.SIGKILL) == -signal.SIGKILL
@@ -533,14 +511,9 @@ def assert_close_weights(a: Path, b: Path, name: str) -> None:
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_two_gloo_processes_equal_one(stage, stages, phantoms, tmp_path):
-    """Same global batch, same weights; for the denoisers also with the share cut in two parts.
-
-    The VAE's adaptive weight is a ratio of gradients of each part: there parts do matter.
-    """
+    """Same global batch, same weights; also with the share cut in two parts."""
     script, more = SCRIPTS[stage], ["--steps", "3", "--lr", "1e-3"]
     parts = ["--grad_accum", "2"]
-    if stage == "vae":
-        more, parts = [*more, "--disc_start", "1"], []
     run(script, options(stage, stages, phantoms, tmp_path / "one", *more))
     torchrun(script, options(stage, stages, phantoms, tmp_path / "two", *more, *parts))
     assert_close_weights(tmp_path / "one", tmp_path / "two", stage)
@@ -583,8 +556,6 @@ def test_two_processes_encode_and_sample_as_one(stages, phantoms, tmp_path):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_half_precision_trains(stage, precision, stages, phantoms, tmp_path):
     more = ["--steps", "3", "--precision", precision]
-    if stage == "vae":
-        more += ["--disc_start", "1"]
     run(SCRIPTS[stage], options(stage, stages, phantoms, tmp_path / "run", *more))
     content = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert bool(content["states"]["scaler"]) == (precision == "fp16")
@@ -603,7 +574,7 @@ def test_compile_gives_the_same_training(stage, stages, phantoms, tmp_path, monk
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     for name, more in ("plain", []), ("compiled", ["--compile"]):
-        more = ["--steps", "2", *more, *(["--disc_start", "1"] if stage == "vae" else [])]
+        more = ["--steps", "2", *more]
         run(SCRIPTS[stage], options(stage, stages, phantoms, tmp_path / name, *more))
     assert compiled
     assert_close_weights(tmp_path / "plain", tmp_path / "compiled", stage)

@@ -160,10 +160,10 @@ def test_uniform_numbers_are_uniform_and_an_items_own():
 
 
 def test_warm_up_is_linear_and_then_constant():
-    args = options(warmup_steps=4)
-    rates = [learning_rate(step, 0.2, args) for step in range(1, 7)]
+    args = options(lr=0.2, warmup_steps=4)
+    rates = [learning_rate(step, args) for step in range(1, 7)]
     assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
-    assert learning_rate(1, 0.2, options(warmup_steps=0)) == 0.2
+    assert learning_rate(1, options(lr=0.2, warmup_steps=0)) == 0.2
 
 
 def test_a_step_clips_moves_and_clears():
@@ -176,16 +176,6 @@ def test_a_step_clips_moves_and_clears():
     expected = torch.tensor([3 - 0.1 * 0.6, 4 - 0.1 * 0.8])
     torch.testing.assert_close(weight.detach(), expected)
     assert weight.grad is None
-
-
-def test_an_optimizer_may_have_a_learning_rate_of_its_own():
-    args, scaler = options(lr=0.5, warmup_steps=2), Precision("fp32", CPU).scaler()
-    weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=99.0)
-    for step, lr, rate in ((1, 0.1, 0.05), (2, 0.1, 0.1), (3, 0.1, 0.1), (3, None, 0.5)):
-        weight.grad = torch.ones(2)
-        optimizer_step(optimizer, scaler, step, args, lr)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
