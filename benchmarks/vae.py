@@ -59,7 +59,7 @@ COUNTS = [100, 200, 400, 800, *(k * 2**i for i in range(10) for k in (1200, 1600
 WARMUP = 30  # steps
 KL_WEIGHT = 1e-7  # beside a squared error of about 0.005: as train_vae.py's 1e-6 beside L1
 SAVE_SECONDS = 120
-PANEL = 6  # held-out slices, evenly spaced
+PANEL, PHANTOMS = 6, 3  # slices in the pictures: held-out ones, evenly spaced; synthetic ones
 UPPER = slice(4, 8)  # of the noise power's 8 rings: from half the Nyquist frequency
 
 
@@ -575,8 +575,8 @@ def picked(count: int) -> np.ndarray:
 
 
 def phantoms() -> Tensor:
-    """Synthetic slices (PANEL, 1, S, S) with fibrosis, as nobody trained on: for pictures."""
-    cases = [(2 * i + 1, 0.35 + 0.1 * i, 0.4 + 0.12 * i) for i in range(PANEL)]
+    """Synthetic slices (PHANTOMS, 1, S, S) with fibrosis, as nobody trained on: for pictures."""
+    cases = [(2 * i + 1, 0.35 + 0.1 * i, 0.4 + 0.12 * i) for i in range(PHANTOMS)]
     hu = np.stack([phantom_slice(who, level, SIZE, sick)[0] for who, level, sick in cases])
     return torch.from_numpy(hu_to_unit(hu, DEFAULT_WINDOW))[:, None]
 
