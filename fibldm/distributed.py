@@ -49,7 +49,8 @@ def setup(device: str = "auto") -> torch.device:
 
 
 def cleanup() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, when all ranks have come to here."""
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 

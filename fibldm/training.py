@@ -467,4 +467,9 @@ def run_script(main, parse_args) -> None:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {error}\n")
         sys.stderr.flush()
         os._exit(2) if distributed.world_size() > 1 else sys.exit(2)
+    many = distributed.world_size() > 1
     distributed.cleanup()
+    if many:  # all is written; gloo's threads have aborted ranks while the interpreter closed down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
