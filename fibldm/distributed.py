@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -48,11 +49,20 @@ def setup(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def cleanup() -> None:
-    """Leave the process group, if this process is in one, when all ranks have come to here."""
-    barrier()
-    if dist.is_initialized():
+def leave(code: int) -> None:
+    """End this process with an exit code; where it is 0, when all ranks have come to here.
+
+    One rank of several ends at once: gloo's threads can abort it while the interpreter closes down.
+    """
+    many = world_size() > 1
+    if code == 0 and dist.is_initialized():
+        barrier()
         dist.destroy_process_group()
+    if many:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def rank() -> int:

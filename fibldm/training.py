@@ -216,7 +216,6 @@ class Run:
         self.signal, self.saved = 0, True  # nothing is lost before the first step
         self.totals: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.recent: dict[str, float] = {}  # means of the last log line
         self.started = self.left = time.monotonic()
 
         part_size(args)
@@ -322,8 +321,7 @@ class Run:
         save = stop or validate or step % self.args.save_interval == 0
         if save or last or step % self.args.log_interval == 0:
             speed = (step - self.first) * self.args.batch_size / (time.monotonic() - self.started)
-            self.recent = self._pop_averages()
-            self.log(step, {**self.recent, "images_per_s": speed}, "train")
+            self.log(step, {**self._pop_averages(), "images_per_s": speed}, "train")
         if save:
             self.save()
         self.left = time.monotonic()
@@ -457,19 +455,15 @@ def run_script(main, parse_args) -> None:
 
     With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too.
     """
-    args = parse_args()
+    args, code = parse_args(), 0
     try:
         main(args)
+    except SystemExit as stop:  # after a signal
+        code = stop.code
     except ValueError as error:
         if os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {error}\n")
-        sys.stderr.flush()
-        os._exit(2) if distributed.world_size() > 1 else sys.exit(2)
-    many = distributed.world_size() > 1
-    distributed.cleanup()
-    if many:  # all is written; gloo's threads have aborted ranks while the interpreter closed down
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        code = 2
+    distributed.leave(code)

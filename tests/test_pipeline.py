@@ -226,6 +226,18 @@ def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp
     assert offsets[-1] == tuple(map(tuple, seen[-1][0]))  # those of validation are always the same
 
 
+def test_each_slice_is_trained_with_a_grain_of_its_own(phantoms, tmp_path, monkeypatch):
+    seen, moved = [], train_vae.moved
+
+    def watched(field, uniform):
+        seen.append(moved(field, uniform))
+        return seen[-1]
+
+    monkeypatch.setattr(train_vae, "moved", watched)
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "2"))
+    assert len({x.numpy().tobytes() for step in seen for x in step}) == 8  # 2 steps of 4
+
+
 def test_the_perceptual_loss_sees_the_grain_and_cannot_change_its_strength(
     phantoms, tmp_path, monkeypatch
 ):
