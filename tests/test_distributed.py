@@ -27,6 +27,18 @@ def test_shares_are_disjoint_complete_and_even(count, size, monkeypatch):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("code", [0, 2, 143])
+@pytest.mark.parametrize("size", [1, 2])
+def test_leaving_keeps_the_exit_code_and_one_of_several_ends_at_once(size, code, monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    monkeypatch.setattr(distributed.os, "_exit", lambda value: ended.append(value))
+    with pytest.raises(SystemExit) as left:  # os._exit would not have come back
+        distributed.leave(code)
+    assert left.value.code == code
+    assert ended == ([code] if size > 1 else [])
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0"])
 def test_unknown_devices_are_refused_by_name(device):
     with pytest.raises(ValueError, match=f"--device {device}: expected auto, cpu, cuda"):

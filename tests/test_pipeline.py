@@ -226,6 +226,22 @@ def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp
     assert offsets[-1] == tuple(map(tuple, seen[-1][0]))  # those of validation are always the same
 
 
+def test_a_slice_its_view_and_its_grain_are_moved_independently(phantoms, tmp_path, monkeypatch):
+    """Each by numbers of its own: a view that goes with the slice would undo a part of its move."""
+    seen = {}
+    for name in "shift_slices", "view_at", "moved":
+        real = getattr(train_vae, name)
+
+        def watched(x, uniform, *rest, name=name, function=real):
+            seen.setdefault(name, uniform.tolist())  # of the first step
+            return function(x, uniform, *rest)
+
+        monkeypatch.setattr(train_vae, name, watched)
+    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "1"))
+    numbers = [number for uniform in seen.values() for pair in uniform for number in pair]
+    assert len(numbers) == len(set(numbers)) == 3 * 4 * 2
+
+
 def test_each_slice_is_trained_with_a_grain_of_its_own(phantoms, tmp_path, monkeypatch):
     seen, moved = [], train_vae.moved
 
