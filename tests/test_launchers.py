@@ -66,8 +66,9 @@ def test_a_launcher_trains_on_two_processes(phantoms, tmp_path, without_weights)
 
 def test_a_launcher_shows_one_message_and_code_2(tmp_path):
     launcher = str(ROOT / "scripts" / "train_vae.sh")
+    wrong = ["--csv_file", str(tmp_path / "nowhere.csv"), "--save_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        ["bash", launcher, "--csv_file", str(tmp_path / "nowhere.csv"), "--device", "cpu"],
+        ["bash", launcher, *wrong, "--device", "cpu"],
         env=with_torchrun(),
         capture_output=True,
         text=True,
