@@ -47,7 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--channels", type=positive, nargs="+", default=[128, 256, 512],
         help="width at each resolution; each halves the size",
     )  # fmt: skip
-    model.add_argument("--blocks", type=positive, default=2, help="residual blocks a resolution")
+    model.add_argument(
+        "--blocks", type=positive, nargs="+", default=[1, 2, 3],
+        help="residual blocks at each resolution, or one number for all",
+    )  # fmt: skip
     model.add_argument(
         "--contour_dropout", type=fraction, default=0.1, help="how often the contour is withheld"
     )
@@ -77,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     unet = UNet(
         data.latent_dim, data.latent_size, data.contour_channels, len(data.classes),
-        tuple(args.channels), args.blocks,
+        args.channels, args.blocks,
     ).to(device)  # fmt: skip
     ema = EMA(unet, args.ema_decay)
     optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)

@@ -43,7 +43,7 @@ from fibldm.datasets import CTDataset, Split, read_table, shift_slices
 from fibldm.disease import noise_power
 from fibldm.ema import EMA
 from fibldm.grain import fine_scale
-from fibldm.layers import ChannelNorm, group_norm
+from fibldm.layers import ChannelNorm
 from fibldm.lungs import lung_mask
 from fibldm.metrics import load_lpips
 from fibldm.muon import Muon
@@ -103,7 +103,7 @@ class GroupNorm(Ours):
         for module in list(self.vae.modules()):
             for name, child in module.named_children():
                 if isinstance(child, ChannelNorm):
-                    setattr(module, name, group_norm(*child.normalized_shape))
+                    setattr(module, name, nn.GroupNorm(32, *child.normalized_shape))
 
 
 class Haar(Ours):

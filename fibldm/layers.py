@@ -1,7 +1,6 @@
 """The blocks that the VAE, the U-Net and the ControlNet are built from."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,6 @@ def zero_init(module: nn.Module) -> nn.Module:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`; 1 where there is none."""
     return next((d for d in range(limit, 1, -1) if number % d == 0), 1)
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels: a group of one would lose its brightness."""
-    return nn.GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -56,60 +50,49 @@ class ResBlock(nn.Module):
     The modulation by scale and shift is Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3.1.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int = 0,
-        norm: Callable[[int], nn.Module] = group_norm,
-    ) -> None:
+    def __init__(self, channels: int, emb_channels: int = 0) -> None:
         super().__init__()
-        self.norm1 = norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_channels, 2 * out_channels) if emb_channels else None
-        self.norm2 = norm(out_channels)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        same = in_channels == out_channels
-        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, 2 * channels) if emb_channels else None
+        self.norm2 = ChannelNorm(channels)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (N, in_channels, H, W), emb (N, emb_channels) -> (N, out_channels, H, W)."""
+        """x (N, C, H, W), emb (N, emb_channels) -> (N, C, H, W)."""
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.emb is not None:
             scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
-        return self.skip(x) + self.conv2(F.silu(h))
+        return x + self.conv2(F.silu(h))
 
 
 class SelfAttention(nn.Module):
     """Residual self-attention over all positions.
 
-    Queries and keys are RMS-normalized (arXiv 2302.05442), so that logits stay bounded in fp16.
+    Queries and keys are normalized (arXiv 2302.05442), so that logits stay bounded in fp16. It is
+    written out: for maps of at most some hundred positions torch's own is slower on a CPU.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        head_channels: int = 64,
-        norm: Callable[[int], nn.Module] = group_norm,
-    ) -> None:
+    def __init__(self, channels: int, head_channels: int = 64) -> None:
         super().__init__()
         self.heads = largest_divisor(channels, channels // head_channels)
-        self.norm = norm(channels)
+        self.norm = ChannelNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.query_norm = nn.RMSNorm(channels // self.heads)
-        self.key_norm = nn.RMSNorm(channels // self.heads)
+        self.query_norm = nn.LayerNorm(channels // self.heads, bias=False)
+        self.key_norm = nn.LayerNorm(channels // self.heads, bias=False)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> (N, C, H, W)."""
         n, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(n, 3, self.heads, c // self.heads, height * width)
-        q, k, v = qkv.transpose(3, 4).unbind(dim=1)  # each (N, heads, positions, head channels)
-        q = self.query_norm(q.float()).to(v.dtype)
-        k = self.key_norm(k.float()).to(v.dtype)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(2, 3).reshape(n, c, height, width))
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)
+        q, k, v = qkv.reshape(n, height * width, 3, self.heads, c // self.heads).unbind(dim=2)
+        q = self.query_norm(q).to(v.dtype) * (c // self.heads) ** -0.5
+        k = self.key_norm(k).to(v.dtype)
+        weights = torch.einsum("nqhd,nkhd->nhqk", q, k).softmax(dim=-1).to(v.dtype)
+        h = torch.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, height, width, c)
+        return x + self.out(h.permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Conv2d):
@@ -120,12 +103,12 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Nearest-neighbour upsampling, then a 3x3 convolution: no checkerboard."""
+    """A 1x1 convolution, then nearest-neighbour upsampling: the work is done at the small size."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+        super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """x (N, in_channels, H, W) -> (N, out_channels, *size); size is by default (2H, 2W)."""
         size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return super().forward(F.interpolate(x, size=size, mode="nearest"))
+        return F.interpolate(super().forward(x), size=size, mode="nearest")

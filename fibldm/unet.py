@@ -2,16 +2,18 @@
 decoder (Ho et al. 2020; Dhariwal & Nichol 2021).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fibldm.layers import (
+    ChannelNorm,
     Downsample,
     ResBlock,
     SelfAttention,
     Upsample,
-    group_norm,
     timestep_embedding,
     zero_init,
 )
@@ -31,21 +33,34 @@ def contour_condition(contour: Tensor, size: int, keep: Tensor | None = None) ->
     return condition if keep is None else condition * keep.view(-1, 1, 1, 1)
 
 
+def blocks_per_level(blocks: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """One number for each level, or one for all; ValueError where there are others."""
+    blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
+    if len(blocks) == 1:
+        blocks *= levels
+    if len(blocks) != levels:
+        raise ValueError(
+            f"--blocks {' '.join(map(str, blocks))}: {len(blocks)} numbers, but --channels has "
+            f"{levels}; expected one for each, or one for all"
+        )
+    return blocks
+
+
 class Stage(nn.Module):
     """A ResBlock and, at small sizes, self-attention."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, attend: bool):
+    def __init__(self, channels: int, emb_channels: int, attend: bool) -> None:
         super().__init__()
-        self.block = ResBlock(in_channels, out_channels, emb_channels)
-        self.attention = SelfAttention(out_channels) if attend else nn.Identity()
+        self.block = ResBlock(channels, emb_channels)
+        self.attention = SelfAttention(channels) if attend else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (N, in_channels, H, W), emb (N, emb_channels) -> (N, out_channels, H, W)."""
+        """x (N, C, H, W), emb (N, emb_channels) -> (N, C, H, W)."""
         return self.attention(self.block(x, emb))
 
 
 class UNetEncoder(nn.Module):
-    """Noisy latent and conditions -> features at each resolution, the middle block's last."""
+    """Noisy latent and conditions -> features at each resolution, the middle's last."""
 
     def __init__(
         self,
@@ -53,8 +68,8 @@ class UNetEncoder(nn.Module):
         latent_size: int,
         contour_channels: int,
         num_classes: int,
-        channels: tuple[int, ...],
-        blocks: int,
+        channels: Sequence[int],
+        blocks: Sequence[int],
     ) -> None:
         super().__init__()
         self.condition_channels = contour_channels + 1
@@ -64,22 +79,16 @@ class UNetEncoder(nn.Module):
         in_channels = latent_dim + self.condition_channels
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
 
-        # One list of stages and downsamplings; the width of each feature map is kept for skips.
-        self.layers, self.widths, size = nn.ModuleList(), [channels[0]], latent_size
+        # One list of stages and downsamplings; each stage's feature map is kept for a skip.
+        self.layers, self.widths, size = nn.ModuleList(), [], latent_size
         for i, width in enumerate(channels):
-            for _ in range(blocks):
-                self.layers.append(Stage(self.widths[-1], width, emb, size <= ATTENTION_MAX_SIZE))
+            for _ in range(blocks[i]):
+                self.layers.append(Stage(width, emb, size <= ATTENTION_MAX_SIZE))
                 self.widths.append(width)
             if i + 1 < len(channels):
-                self.layers.append(Downsample(width, width))
-                self.widths.append(width)
+                self.layers.append(Downsample(width, channels[i + 1]))
                 size = (size + 1) // 2
-        self.middle = nn.ModuleList(
-            [
-                Stage(channels[-1], channels[-1], emb, True),
-                Stage(channels[-1], channels[-1], emb, False),
-            ]
-        )
+        self.middle = nn.ModuleList(Stage(channels[-1], emb, True) for _ in range(2))
         self.widths.append(channels[-1])
 
     def forward(
@@ -107,51 +116,60 @@ class UNetEncoder(nn.Module):
 
         # Features.
         h = self.conv_in(torch.cat([x, contour.to(x.dtype)], dim=1))
-        features = [h if hint is None else h + hint]
+        h = h if hint is None else h + hint
+        features = []
         for layer in self.layers:
-            h = features[-1]
-            features.append(layer(h) if isinstance(layer, Downsample) else layer(h, emb))
-        h = features[-1]
+            if isinstance(layer, Downsample):
+                h = layer(h)
+            else:
+                h = layer(h, emb)
+                features.append(h)
         for stage in self.middle:
             h = stage(h, emb)
         return [*features, h], emb
 
 
+class Merge(nn.Conv2d):
+    """A 1x1 convolution of what comes from below and a skip: 3x3 ones at double width cost more."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x and skip (N, C, H, W) -> (N, C, H, W)."""
+        return super().forward(torch.cat([x, skip], dim=1))
+
+
 class UNetDecoder(nn.Module):
-    """Features and embedding -> the prediction for the latent."""
+    """Features and embedding -> the prediction for the latent: the encoder's levels, mirrored."""
 
     def __init__(
-        self,
-        latent_dim: int,
-        latent_size: int,
-        channels: tuple[int, ...],
-        blocks: int,
-        skip_widths: list[int],
+        self, latent_dim: int, latent_size: int, channels: Sequence[int], blocks: Sequence[int]
     ) -> None:
         super().__init__()
-        skips, width, emb = list(skip_widths), channels[-1], 4 * channels[0]
-        sizes = [latent_size]
+        emb, sizes = 4 * channels[0], [latent_size]
         for _ in channels[1:]:
             sizes.append((sizes[-1] + 1) // 2)
         self.layers = nn.ModuleList()
-        for i in reversed(range(len(channels))):
-            for _ in range(blocks + 1):
-                attend = sizes[i] <= ATTENTION_MAX_SIZE
-                self.layers.append(Stage(width + skips.pop(), channels[i], emb, attend))
-                width = channels[i]
+        for i, width in reversed(list(enumerate(channels))):
+            for _ in range(blocks[i]):
+                self.layers.append(Merge(width))
+                self.layers.append(Stage(width, emb, sizes[i] <= ATTENTION_MAX_SIZE))
             if i > 0:
-                self.layers.append(Upsample(width, width))
-        self.norm = group_norm(width)
-        self.conv_out = zero_init(nn.Conv2d(width, latent_dim, 3, padding=1))
+                self.layers.append(Upsample(width, channels[i - 1]))
+        self.norm = ChannelNorm(channels[0])
+        self.conv_out = zero_init(nn.Conv2d(channels[0], latent_dim, 3, padding=1))
 
     def forward(self, features: list[Tensor], emb: Tensor) -> Tensor:
         """Features of UNetEncoder and emb (N, E) -> (N, C, h, w), fp32."""
         *skips, h = features
         for layer in self.layers:
-            if isinstance(layer, Upsample):
+            if isinstance(layer, Merge):
+                h = layer(h, skips.pop())
+            elif isinstance(layer, Upsample):
                 h = layer(h, size=skips[-1].shape[2:])
             else:
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+                h = layer(h, emb)
         return self.conv_out(F.silu(self.norm(h))).float()
 
 
@@ -166,24 +184,24 @@ class UNet(nn.Module):
         latent_size: int = 16,
         contour_channels: int = 1,
         num_classes: int = 0,
-        channels: tuple[int, ...] = (128, 256, 512),
-        blocks: int = 2,
+        channels: Sequence[int] = (128, 256, 512),
+        blocks: int | Sequence[int] = (1, 2, 3),
     ) -> None:
         super().__init__()
+        blocks = blocks_per_level(blocks, len(channels))
         self.config = {
             "latent_dim": latent_dim,
             "latent_size": latent_size,
             "contour_channels": contour_channels,
             "num_classes": num_classes,
             "channels": list(channels),
-            "blocks": blocks,
+            "blocks": list(blocks),
         }
         self.encoder = UNetEncoder(
             latent_dim, latent_size, contour_channels, num_classes, channels, blocks
         )
-        self.decoder = UNetDecoder(
-            latent_dim, latent_size, channels, blocks, self.encoder.widths[:-1]
-        )
+        self.decoder = UNetDecoder(latent_dim, latent_size, channels, blocks)
+        self.to(memory_format=torch.channels_last)
 
     def forward(
         self,

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fibldm.grain import grain
-from fibldm.layers import ChannelNorm, Downsample, ResBlock, SelfAttention, zero_init
+from fibldm.layers import (
+    ChannelNorm,
+    Downsample,
+    ResBlock,
+    SelfAttention,
+    Upsample,
+    zero_init,
+)
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
@@ -60,10 +67,6 @@ def cosine_basis(size: int, count: int) -> tuple[Tensor, Tensor]:
     return patterns, gains[:, None, None]
 
 
-def res_block(width: int) -> ResBlock:
-    return ResBlock(width, width, norm=ChannelNorm)
-
-
 class Encoder(nn.Module):
     """(N, 1, H, W) -> moments (N, 2C, h, w): the network's, and for the mean a linear shortcut.
 
@@ -80,12 +83,12 @@ class Encoder(nn.Module):
             nn.Conv2d(patch * patch, widths[0], 3, padding=1),
         ]
         for i, width in enumerate(widths):
-            layers += [res_block(width) for _ in range(blocks)]
+            layers += [ResBlock(width) for _ in range(blocks)]
             if i + 1 < len(widths):
                 layers.append(Downsample(width, widths[i + 1]))
         layers += [
-            SelfAttention(widths[-1], norm=ChannelNorm),
-            res_block(widths[-1]),
+            SelfAttention(widths[-1]),
+            ResBlock(widths[-1]),
             ChannelNorm(widths[-1]),
             nn.SiLU(),
             zero_init(nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1)),
@@ -121,13 +124,13 @@ class Decoder(nn.Module):
         )
         layers: list[nn.Module] = [
             nn.Conv2d(latent_dim, widths[-1], 3, padding=1),
-            res_block(widths[-1]),
-            SelfAttention(widths[-1], norm=ChannelNorm),
+            ResBlock(widths[-1]),
+            SelfAttention(widths[-1]),
         ]
         for i, width in reversed(list(enumerate(widths))):
-            layers += [res_block(width) for _ in range(blocks)]
+            layers += [ResBlock(width) for _ in range(blocks)]
             if i > 0:
-                layers += [nn.Conv2d(width, widths[i - 1], 1), nn.Upsample(scale_factor=2)]
+                layers.append(Upsample(width, widths[i - 1]))
         self.network = nn.Sequential(*layers, ChannelNorm(widths[0]), nn.SiLU())
         self.mean = nn.Sequential(
             nn.Conv2d(widths[0], 8 * patch * patch, 3, padding=1),
