@@ -4,8 +4,15 @@ import argparse
 
 from fibldm import distributed
 from fibldm.checkpoint import load_model
-from fibldm.datasets import LatentDataset, encode_csv
-from fibldm.training import Precision, add_machine_options, make_parser, positive, run_script
+from fibldm.datasets import LatentDataset, Views, encode_csv
+from fibldm.training import (
+    Precision,
+    add_machine_options,
+    add_view_options,
+    make_parser,
+    positive,
+    run_script,
+)
 from fibldm.vae import VAE
 
 
@@ -27,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--batch_size", type=positive, default=32, help="slices a process encodes at once"
     )
+    add_view_options(parser)
     add_machine_options(parser)
     return parser.parse_args(argv)
 
@@ -44,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         notes = encode_csv(
             args.output_dir, args.csv_file, args.img_dir, vae.to(device), args.vae_checkpoint,
             content, args.contour_channels, device, args.batch_size, args.num_workers,
-            args.overwrite,
+            Views(args.views, args.max_shift, args.max_scale), args.overwrite,
         )  # fmt: skip
     if distributed.is_main():
         data = LatentDataset(args.output_dir)

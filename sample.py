@@ -126,7 +126,7 @@ def read_requests(args: argparse.Namespace, unet: UNet, content: dict, size: int
         request = Request(contours, [str(f) for f in files], [""] * len(files))
     else:
         data = LatentDataset(args.latent_data_dir)
-        rows = data.indices(args.split)
+        rows = data.indices(args.split, views=False)
         if not rows:
             raise ValueError(f"{args.latent_data_dir}: its {args.split} split is empty")
         what = f"{args.latent_data_dir}: contour channels and size"

@@ -8,7 +8,7 @@ import torch
 from fibldm import distributed
 from fibldm.checkpoint import file_hash, load_model, require_equal, save_model
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import LatentDataset, encode_csv
+from fibldm.datasets import LatentDataset, Views, encode_csv, training_batches
 from fibldm.ema import EMA
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.training import (
@@ -17,9 +17,8 @@ from fibldm.training import (
     Run,
     add_machine_options,
     add_training_options,
+    add_view_options,
     fraction,
-    item_noise,
-    item_uniform,
     make_parser,
     optimizer_step,
     positive,
@@ -60,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--label_dropout", type=fraction, default=0.1, help="how often the class label is withheld"
     )
+    add_view_options(parser)
     add_validation_options(parser)
     add_training_options(
         parser, steps=20_000, batch_size=32, lr=1e-4, warmup_steps=500, ema_decay=0.999,
@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
             notes = encode_csv(
                 folder, table, args.data_path, vae, args.vae_checkpoint, vae_content,
                 args.contour_channels, device, 32, args.num_workers,
+                Views(args.views, args.max_shift, args.max_scale),
                 remedy="use another --save_dir",
             )  # fmt: skip
         for note in notes:
@@ -126,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     model = distributed.wrap(controlnet, device)
     train_rows = data.indices("train")
     batches = Batches(train_rows, args, progress["step"])
-    order = iter(batches)
+    order = training_batches(data, batches, "control", 2, device)
     validation = Validation(data, vae, scheduler, args, precision, run)
     run.say(
         f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
@@ -146,12 +147,8 @@ def main(args: argparse.Namespace) -> None:
         validate_and_keep_best(progress["step"])
     for step in run.steps():
         for part in range(args.grad_accum):
-            x0, contour, label = data.batch(next(order), device)
-
             # Timestep, noise and withheld labels of each item.
-            items = batches.positions(part)
-            noise = item_noise(args.seed, "control", step, items, x0.shape[1:]).to(device)
-            draws = item_uniform(args.seed, "draws", step, items, 2).to(device)
+            x0, contour, label, noise, draws = next(order)
             t = (draws[:, 0] * scheduler.num_timesteps).long()
             condition = contour_condition(contour, data.latent_size)
             label = torch.where(draws[:, 1] < args.label_dropout, NO_LABEL, label)

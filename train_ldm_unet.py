@@ -7,7 +7,7 @@ import torch
 from fibldm import distributed
 from fibldm.checkpoint import load_model, save_model
 from fibldm.controlnet import steer
-from fibldm.datasets import LatentDataset
+from fibldm.datasets import LatentDataset, training_batches
 from fibldm.ema import EMA
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.training import (
@@ -17,8 +17,6 @@ from fibldm.training import (
     add_machine_options,
     add_training_options,
     fraction,
-    item_noise,
-    item_uniform,
     make_parser,
     optimizer_step,
     positive,
@@ -95,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     # Data.
     train_rows = data.indices("train")
     batches = Batches(train_rows, args, progress["step"])
-    order = iter(batches)
+    order = training_batches(data, batches, "unet", 3, device)
     validation = Validation(data, vae.to(device), scheduler, args, precision, run)
     run.say(
         f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
@@ -117,12 +115,8 @@ def main(args: argparse.Namespace) -> None:
         validate_and_keep_best(progress["step"])
     for step in run.steps():
         for part in range(args.grad_accum):
-            x0, contour, label = data.batch(next(order), device)
-
             # Timestep, noise and withheld conditions of each item.
-            items = batches.positions(part)
-            noise = item_noise(args.seed, "unet", step, items, x0.shape[1:]).to(device)
-            draws = item_uniform(args.seed, "draws", step, items, 3).to(device)
+            x0, contour, label, noise, draws = next(order)
             t = (draws[:, 0] * scheduler.num_timesteps).long()
             contour = contour_condition(
                 contour, data.latent_size, draws[:, 1] >= args.contour_dropout

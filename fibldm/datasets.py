@@ -7,22 +7,26 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from scipy.ndimage import affine_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fibldm import ct, distributed
 from fibldm.checkpoint import file_hash, require_equal, sync_folder
+from fibldm.training import Batches, item_generator, item_noise, item_uniform
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
+Item = TypeVar("Item")
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
 MEASURED = 512  # contours at most, evenly spaced, whose style is measured
@@ -47,13 +51,48 @@ class Split:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of label.csv; label is "" where there is none."""
+    """One line of label.csv; label is "" where there is none. View 0 is the slice itself."""
 
     image: str
     contour: str
     patient_id: str
     label: str
     split: str
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class Views:
+    """How often each training slice is encoded: as it is, and moved and scaled a little.
+
+    Latents can't be moved by less than a cell of the VAE, nor scaled: what is moved is the slice.
+    """
+
+    count: int = 1
+    max_shift: int = 0  # whole pixels, each way
+    max_scale: float = 0.0  # 0.05: from 0.95 to 1.05 times its size
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, and at their end the further views of those in the train split."""
+        train = [row for row in rows if row.split == "train"]
+        return [*rows, *(replace(row, view=i) for i in range(1, self.count) for row in train)]
+
+    def move(self, hu: np.ndarray, contour: np.ndarray, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """A slice (H, W) and its contour (K, H, W) as this view shows them; what comes in is air.
+
+        It depends on the image's name and the number of the view, not on the other rows.
+        """
+        if row.view == 0:
+            return hu, contour
+        name = int.from_bytes(hashlib.sha256(row.image.encode()).digest()[:8], "big")
+        draws = 2 * item_generator(name, "view", row.view, 0).random(3) - 1
+        shift = np.round(draws[:2] * self.max_shift)
+        scale = 1 + draws[2] * self.max_scale
+        center = (np.array(hu.shape) - 1) / 2
+        place = {"matrix": np.full(2, 1 / scale), "offset": center - (center + shift) / scale}
+        moved = affine_transform(hu, **place, order=3, cval=ct.AIR)
+        labels = [affine_transform(channel, **place, order=0) for channel in contour]
+        return moved.clip(hu.min(), hu.max()), np.stack(labels)
 
 
 def list_some(lines: Sequence[str]) -> str:
@@ -193,7 +232,8 @@ def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
 class CTDataset(Dataset):
     """Slices of a table as {"image": (1, S, S) float32 in [-1, 1], "contour": (K, S, S), "row"}.
 
-    The contour is uint8, 0 or 1. Images of another size are padded to a square and resized.
+    The contour is uint8, 0 or 1. Images of another size are padded to a square and resized. The
+    first `slices` rows are the table's, those after them further `views` of training slices.
     """
 
     def __init__(
@@ -204,8 +244,10 @@ class CTDataset(Dataset):
         image_size: int,
         window: ct.Window = ct.DEFAULT_WINDOW,
         contour_channels: int = 1,
+        views: Views = Views(),
     ) -> None:
-        self.rows, self.root, self.image_size = rows, Path(root), image_size
+        self.rows, self.root, self.image_size = views.of(rows), Path(root), image_size
+        self.slices, self.views = len(rows), views
         self.window, self.contour_channels = window, contour_channels
         self.facts = ct.read_facts(Path(rescale_folder))
         if self.facts.rescale is None:
@@ -229,8 +271,10 @@ class CTDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         hu, contour = self.read_pair(row)
-        image = ct.hu_to_unit(ct.fit_square(hu, self.image_size, ct.AIR), self.window)
+        hu = ct.fit_square(hu, self.image_size, ct.AIR)
         contour = ct.fit_contour(contour, self.image_size)
+        hu, contour = self.views.move(hu, contour, self.rows[row])
+        image = ct.hu_to_unit(hu, self.window)
         return {
             "image": torch.from_numpy(image)[None],
             "contour": torch.from_numpy(contour),
@@ -245,7 +289,7 @@ class CTDataset(Dataset):
         """SHA-256 of the files' names and sizes and of their scale: whether the data changed."""
         files = [
             (name, (self.root / name).stat().st_size)
-            for row in self.rows
+            for row in self.rows[: self.slices]
             for name in (row.image, row.contour)
         ]
         return hashlib.sha256(json.dumps([self.rescale, files]).encode()).hexdigest()
@@ -281,7 +325,7 @@ class CTDataset(Dataset):
             except ValueError as error:
                 return str(error)
 
-        mine = distributed.share(len(self))
+        mine = distributed.share(self.slices)
         quiet = None if distributed.is_main() else True
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             looked_at = pool.map(problem_or_size, mine)
@@ -292,7 +336,7 @@ class CTDataset(Dataset):
             short = [text.replace(f"; {ct.SCALE_REMEDY}", "") for text in problems]
             remedy = "" if short == problems else f"\n{ct.SCALE_REMEDY}"
             raise ValueError(
-                f"{len(problems)} of {len(self)} rows are bad:{list_some(short)}{remedy}"
+                f"{len(problems)} of {self.slices} rows are bad:{list_some(short)}{remedy}"
             )
         return set(everywhere)
 
@@ -326,6 +370,14 @@ def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals
     )
+
+
+def load_slices(
+    dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Batches of slices, in order, and their images on the device."""
+    for batch in load_batches(dataset, batches, workers):
+        yield batch, to_device(batch["image"], device)
 
 
 def ignore_signals(worker: int) -> None:
@@ -362,7 +414,11 @@ class LatentDataset:
             self._heldout = np.load(self.folder / "heldout_images.npy", mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{self.folder}: damaged latent data set: {error}") from error
-        self.rows = [Row(r["image"], "", r["patient_id"], r["label"], r["split"]) for r in lines]
+        names = ("patient_id", "label", "split")
+        self.rows = [
+            Row(r["image"], "", *(r[name] for name in names), int(r.get("view") or 0))
+            for r in lines
+        ]
         held = self.indices("val", "test")
         counts = len(self.rows), len(self.latents), len(self.contours), len(self._heldout)
         expected = len(self.rows), len(self.rows), len(self.rows), len(held)
@@ -381,9 +437,10 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def indices(self, *splits: str) -> list[int]:
-        """Rows that belong to one of the splits."""
-        return [i for i, row in enumerate(self.rows) if row.split in splits]
+    def indices(self, *splits: str, views: bool = True) -> list[int]:
+        """Rows that belong to one of the splits; without `views` each slice once."""
+        rows = enumerate(self.rows)
+        return [i for i, row in rows if row.split in splits and (views or row.view == 0)]
 
     def use_classes(self, classes: list[str]) -> None:
         """Number the labels by these class names; other labels count as none given."""
@@ -417,14 +474,51 @@ class LatentDataset:
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (N, C, h, w) as loaded, contours (N, K, H, W) and labels (N,) of the rows."""
-        latents = torch.from_numpy(self.latents[rows]).to(device, non_blocking=True)
-        contours = torch.from_numpy(self.contours[rows]).to(device, non_blocking=True)
-        return latents, contours, torch.from_numpy(self.labels[rows]).to(device)
+        found = self.latents[rows], self.contours[rows], self.labels[rows]
+        return tuple(to_device(torch.from_numpy(array), device) for array in found)
 
     def heldout_images(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Real slices (N, 1, H, W) in [-1, 1] of rows outside of the train split."""
         positions = [self._heldout_position[row] for row in rows]
         return torch.from_numpy(self._heldout[positions].astype(np.float32)).to(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU copies it while it computes."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items of an iterator, each made by a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+def training_batches(
+    data: LatentDataset, batches: Batches, stream: str, draws: int, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Latents, contours, labels, noise (as latents) and uniform draws (N, draws) of each part.
+
+    In the order of `batches`, read and drawn while the part before trains; `stream` names the
+    noise.
+    """
+
+    def make() -> Iterator[tuple[Tensor, ...]]:
+        seed, shape = batches.args.seed, data.latents.shape[1:]
+        for step, positions, rows in batches.parts():
+            drawn = (
+                item_noise(seed, stream, step, positions, shape),
+                item_uniform(seed, "draws", step, positions, draws),
+            )
+            yield *data.batch(rows, device), *(to_device(value, device) for value in drawn)
+
+    return ahead(make())
 
 
 def write_latents(
@@ -467,17 +561,24 @@ def write_latents(
     distributed.barrier()
     arrays = {name: open_array(name, "r+") for name in shapes}
     position = {row: i for i, row in enumerate(held)}
-    batches = chunks(distributed.share(count), batch_size)
+    mine = chunks(distributed.share(count), batch_size)
+    loaded = ahead(load_slices(dataset, mine, workers, device))
+    latents, before = None, []
     quiet = None if distributed.is_main() else True
-    for batch in tqdm(load_batches(dataset, batches, workers), "encoding", disable=quiet):
+    for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
         rows = batch["row"].tolist()
         with torch.no_grad():
-            mean = vae.encode(batch["image"].to(device, non_blocking=True)).mean
-        arrays["latents"][rows] = (mean * LATENT_SCALE).cpu().numpy()
+            encoded = vae.encode(images).mean * LATENT_SCALE
+        # A GPU is still at it: meanwhile write what is here, and the batch before.
         arrays["contours"][rows] = batch["contour"].numpy()
         for row, image in zip(rows, batch["image"].numpy(), strict=True):
             if row in position:
                 arrays["heldout_images"][position[row]] = image
+        if before:
+            arrays["latents"][before] = latents.cpu().numpy()
+        latents, before = encoded, rows
+    if before:
+        arrays["latents"][before] = latents.cpu().numpy()
     for array in arrays.values():
         array.flush()
     distributed.barrier()
@@ -490,9 +591,9 @@ def write_latents(
             )
         with open(partial / "manifest.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "image", "patient_id", "label", "split"])
+            writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
             for i, row in enumerate(dataset.rows):
-                writer.writerow([i, row.image, row.patient_id, row.label, row.split])
+                writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
         style, notes = measure_style(arrays["contours"], dataset.facts.contour_style)
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
@@ -552,6 +653,7 @@ def encode_csv(
     device: torch.device,
     batch_size: int,
     workers: int,
+    views: Views = Views(),
     overwrite: bool = False,
     remedy: str = "use --overwrite",
 ) -> list[str]:
@@ -570,8 +672,10 @@ def encode_csv(
         vae.config["image_size"],
         tuple(vae_content["window"]),
         contour_channels,
+        views,
     )
     facts = {
+        "views": list(astuple(views)),
         "vae_sha256": file_hash(vae_file),
         "label_csv_sha256": file_hash(csv_file),
         "files_sha256": dataset.fingerprint(),

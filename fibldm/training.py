@@ -84,6 +84,17 @@ def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -
     group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
 
 
+def add_view_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that encode slices: see fibldm.datasets.Views."""
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--views", type=positive, default=8,
+        help="encodings of a training slice: the first as it is, the others moved and scaled",
+    )  # fmt: skip
+    group.add_argument("--max_shift", type=int, default=16, help="pixels a view moves, each way")
+    group.add_argument("--max_scale", type=fraction, default=0.05, help="0.05: 0.95 to 1.05")
+
+
 def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
     """Options of every training script; `defaults` are the script's own."""
     group = parser.add_argument_group("training")
@@ -169,7 +180,8 @@ class Batches:
 
     The data are shuffled in each epoch by (seed, epoch). Position p of step s's batch of B slices
     is item (s - 1) * B + p of the stream of epochs, whatever the number of processes.
-    Iterating gives lists of rows, `grad_accum` of them a step: the order a DataLoader takes.
+    Iterating gives lists of rows, `grad_accum` of them a step: the order a DataLoader takes;
+    `parts` gives their step and their positions too.
     """
 
     def __init__(self, rows: Sequence[int], args: argparse.Namespace, start: int) -> None:
@@ -190,11 +202,15 @@ class Batches:
         """Positions in the global batch of one of this rank's parts (0 to grad_accum - 1)."""
         return range(self.first + part * self.size, self.first + (part + 1) * self.size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def parts(self) -> Iterator[tuple[int, range, list[int]]]:
+        """Step, positions and rows of each part."""
         for step in range(self.start + 1, self.args.steps + 1):
             for part in range(self.args.grad_accum):
-                offset = (step - 1) * self.args.batch_size
-                yield [self.row(offset + p) for p in self.positions(part)]
+                offset, positions = (step - 1) * self.args.batch_size, self.positions(part)
+                yield step, positions, [self.row(offset + p) for p in positions]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows for _, _, rows in self.parts())
 
     def __len__(self) -> int:
         return (self.args.steps - self.start) * self.args.grad_accum
