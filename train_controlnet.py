@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     controlnet = ControlNet(unet, data.image_size).to(device)
     ema = EMA(controlnet, args.ema_decay)
     optimizer = torch.optim.AdamW(
-        controlnet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01
+        controlnet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     scaler = precision.scaler()
     scheduler = CosineScheduler(device=device)

@@ -42,11 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--latent_dim", type=positive, help="checked against the data's")
     model.add_argument("--latent_size", type=positive, help="checked against the data's")
     model.add_argument(
-        "--channels", type=positive, nargs="+", default=[128, 256, 512],
+        "--channels", type=positive, nargs="+", default=[128, 256, 768],
         help="width at each resolution; each halves the size",
     )  # fmt: skip
     model.add_argument(
-        "--blocks", type=positive, nargs="+", default=[1, 2, 3],
+        "--blocks", type=positive, nargs="+", default=[1, 1, 3],
         help="residual blocks at each resolution, or one number for all",
     )  # fmt: skip
     model.add_argument(
@@ -81,7 +81,9 @@ def main(args: argparse.Namespace) -> None:
         args.channels, args.blocks,
     ).to(device)  # fmt: skip
     ema = EMA(unet, args.ema_decay)
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     scaler = precision.scaler()
     scheduler = CosineScheduler(device=device)
     parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "scaler": scaler}

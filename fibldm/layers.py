@@ -95,6 +95,29 @@ class SelfAttention(nn.Module):
         return x + self.out(h.permute(0, 3, 1, 2))
 
 
+class TransformerBlock(nn.Module):
+    """Self-attention, then an MLP of each position, scaled and shifted by the embedding.
+
+    For the smallest maps, where each position concerns each other (Hoogeboom et al. 2023, "Simple
+    diffusion", arXiv 2301.11093): a weight costs a ninth of a 3x3 convolution's there.
+    """
+
+    def __init__(self, channels: int, emb_channels: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(channels)
+        self.norm = ChannelNorm(channels)
+        self.emb = nn.Linear(emb_channels, 2 * channels)
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 1)
+        self.conv2 = zero_init(nn.Conv2d(4 * channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (N, C, H, W), emb (N, emb_channels) -> (N, C, H, W)."""
+        x = self.attention(x)
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + self.conv2(F.gelu(self.conv1(h), approximate="tanh"))
+
+
 class Downsample(nn.Conv2d):
     """Half the height and width, rounded up, by a 3x3 convolution of stride 2."""
 

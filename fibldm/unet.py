@@ -13,12 +13,14 @@ from fibldm.layers import (
     Downsample,
     ResBlock,
     SelfAttention,
+    TransformerBlock,
     Upsample,
     timestep_embedding,
     zero_init,
 )
 
 ATTENTION_MAX_SIZE = 8  # attention where feature maps are at most 8x8: there it is cheap
+TRANSFORMER_MAX_SIZE = 4  # and at most 4x4 no convolutions at all
 NO_LABEL = -1
 
 
@@ -46,17 +48,33 @@ def blocks_per_level(blocks: int | Sequence[int], levels: int) -> tuple[int, ...
     return blocks
 
 
-class Stage(nn.Module):
-    """A ResBlock and, at small sizes, self-attention."""
+class Attended(nn.Module):
+    """A ResBlock and self-attention."""
 
-    def __init__(self, channels: int, emb_channels: int, attend: bool) -> None:
+    def __init__(self, channels: int, emb_channels: int) -> None:
         super().__init__()
         self.block = ResBlock(channels, emb_channels)
-        self.attention = SelfAttention(channels) if attend else nn.Identity()
+        self.attention = SelfAttention(channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (N, C, H, W), emb (N, emb_channels) -> (N, C, H, W)."""
         return self.attention(self.block(x, emb))
+
+
+def stage(channels: int, emb_channels: int, size: int) -> nn.Module:
+    """What works on feature maps of this size, (x, emb) -> x."""
+    if size <= TRANSFORMER_MAX_SIZE:
+        return TransformerBlock(channels, emb_channels)
+    kind = Attended if size <= ATTENTION_MAX_SIZE else ResBlock
+    return kind(channels, emb_channels)
+
+
+def level_sizes(latent_size: int, levels: int) -> list[int]:
+    """Height and width of the feature maps at each level."""
+    sizes = [latent_size]
+    for _ in range(levels - 1):
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
 
 
 class UNetEncoder(nn.Module):
@@ -80,15 +98,15 @@ class UNetEncoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
 
         # One list of stages and downsamplings; each stage's feature map is kept for a skip.
-        self.layers, self.widths, size = nn.ModuleList(), [], latent_size
+        self.layers, self.widths = nn.ModuleList(), []
+        sizes = level_sizes(latent_size, len(channels))
         for i, width in enumerate(channels):
             for _ in range(blocks[i]):
-                self.layers.append(Stage(width, emb, size <= ATTENTION_MAX_SIZE))
+                self.layers.append(stage(width, emb, sizes[i]))
                 self.widths.append(width)
             if i + 1 < len(channels):
                 self.layers.append(Downsample(width, channels[i + 1]))
-                size = (size + 1) // 2
-        self.middle = nn.ModuleList(Stage(channels[-1], emb, True) for _ in range(2))
+        self.middle = stage(channels[-1], emb, sizes[-1])
         self.widths.append(channels[-1])
 
     def forward(
@@ -124,9 +142,7 @@ class UNetEncoder(nn.Module):
             else:
                 h = layer(h, emb)
                 features.append(h)
-        for stage in self.middle:
-            h = stage(h, emb)
-        return [*features, h], emb
+        return [*features, self.middle(h, emb)], emb
 
 
 class Merge(nn.Conv2d):
@@ -147,14 +163,12 @@ class UNetDecoder(nn.Module):
         self, latent_dim: int, latent_size: int, channels: Sequence[int], blocks: Sequence[int]
     ) -> None:
         super().__init__()
-        emb, sizes = 4 * channels[0], [latent_size]
-        for _ in channels[1:]:
-            sizes.append((sizes[-1] + 1) // 2)
+        emb, sizes = 4 * channels[0], level_sizes(latent_size, len(channels))
         self.layers = nn.ModuleList()
         for i, width in reversed(list(enumerate(channels))):
             for _ in range(blocks[i]):
                 self.layers.append(Merge(width))
-                self.layers.append(Stage(width, emb, sizes[i] <= ATTENTION_MAX_SIZE))
+                self.layers.append(stage(width, emb, sizes[i]))
             if i > 0:
                 self.layers.append(Upsample(width, channels[i - 1]))
         self.norm = ChannelNorm(channels[0])
@@ -184,8 +198,8 @@ class UNet(nn.Module):
         latent_size: int = 16,
         contour_channels: int = 1,
         num_classes: int = 0,
-        channels: Sequence[int] = (128, 256, 512),
-        blocks: int | Sequence[int] = (1, 2, 3),
+        channels: Sequence[int] = (128, 256, 768),
+        blocks: int | Sequence[int] = (1, 1, 3),
     ) -> None:
         super().__init__()
         blocks = blocks_per_level(blocks, len(channels))

@@ -10,17 +10,18 @@ SAVE_DIR=./model_runs/ldm_unet_run_1        # the run's folder; the same command
 
 LATENT_DIM=8                  # channels of the latents: checked against the data
 LATENT_SIZE=16                # side of the latents: checked against the data
-CHANNELS="128 256 512"        # width at each resolution
+CHANNELS="128 256 768"        # width at each resolution
+BLOCKS="1 1 3"                # and how many blocks
 STEPS=50000                   # optimizer steps
 BATCH_SIZE=64                 # latents a step, over all GPUs together
 LR=2e-4                       # learning rate
 VAL_INTERVAL=2500             # steps between validations (loss, samples, metrics)
 PRECISION=auto                # auto, fp32, bf16, fp16
 
-# shellcheck disable=SC2086  # CHANNELS is several words
+# shellcheck disable=SC2086  # CHANNELS and BLOCKS are several words
 launch train_ldm_unet.py \
     --latent_data_dir "$LATENT_DATA_DIR" --vae_checkpoint "$VAE_CHECKPOINT" --save_dir "$SAVE_DIR" \
-    --latent_dim "$LATENT_DIM" --latent_size "$LATENT_SIZE" --channels $CHANNELS \
+    --latent_dim "$LATENT_DIM" --latent_size "$LATENT_SIZE" --channels $CHANNELS --blocks $BLOCKS \
     --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" \
     --val_interval "$VAL_INTERVAL" --precision "$PRECISION" \
     "$@"

@@ -139,7 +139,7 @@ def test_learns_to_denoise_one_latent():
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
     generator, x0 = torch.Generator().manual_seed(0), normal(1, 3, 8, 8).expand(16, -1, -1, -1)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         t = torch.randint(0, 1000, (16,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         loss = diffusion_loss(unet, scheduler, x0, t, noise).mean()
