@@ -19,7 +19,7 @@ from fibldm.datasets import SPLITS, LatentDataset, chunks
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy, Rows
 from fibldm.samplers import SAMPLERS, guide
-from fibldm.scheduler import CosineScheduler
+from fibldm.scheduler import SPACINGS, CosineScheduler
 from fibldm.training import (
     Precision,
     add_machine_options,
@@ -60,8 +60,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--unconditional", action="store_true", help="no contour")
     source.add_argument("--split", choices=SPLITS, default="val", help="of --latent_data_dir")
     source.add_argument(
-        "--label", help="class name for all samples (default: the data set's, or none)"
-    )
+        "--label", nargs="+", metavar="NAME",
+        help="class name for all samples (default: the data set's, or none); or weights of several "
+        "that sum to 1, for what lies between: none=0.4 severe=0.6",
+    )  # fmt: skip
     source.add_argument(
         "--num_samples", type=positive,
         help="contours are used in turn (default: one sample a contour; 16 if unconditional)",
@@ -69,9 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m", help="ddpm is random")
     sampling.add_argument("--steps", type=positive, default=20, help="evaluations of the denoiser")
-    sampling.add_argument(
-        "--spacing", choices=("logsnr", "trailing"), default="logsnr", help="of the timesteps"
-    )
+    sampling.add_argument("--spacing", choices=SPACINGS, default="logsnr", help="of the timesteps")
     sampling.add_argument("--guidance_scale", type=float, default=1.5, help="1: no guidance")
     sampling.add_argument(
         "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
@@ -137,12 +137,35 @@ def read_requests(args: argparse.Namespace, unet: UNet, content: dict, size: int
         labels = [name if name in classes else "" for name in labels]
         request = Request(fit_contours(data.contours[rows], size, style), names, labels)
     if args.label is not None:
-        if args.label not in classes:
-            raise ValueError(
-                f"--label {args.label}: the U-Net knows the classes {classes or '(none)'}"
-            )
-        request = Request(request.contours, request.names, [args.label] * len(request.names))
+        read_label(args.label, classes)
+        labels = [" ".join(args.label)] * len(request.names)
+        request = Request(request.contours, request.names, labels)
     return request
+
+
+def read_label(words: Sequence[str], classes: list[str]) -> int | list[float]:
+    """The class that --label names, or for NAME=WEIGHT ... a weight of each class; ValueError."""
+    if len(words) == 1 and words[0] in classes:
+        return classes.index(words[0])
+    pairs = [word.rpartition("=") for word in words]
+    weights, names = [0.0] * len(classes), [name for name, _, _ in pairs]
+    unknown = [word for word, (name, _, _) in zip(words, pairs, strict=True) if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"--label {' '.join(unknown)}: the U-Net knows the classes {classes or '(none)'}; "
+            "expected one of them, or NAME=WEIGHT of several"
+        )
+    for name, _, weight in pairs:
+        try:
+            weights[classes.index(name)] += float(weight)
+        except ValueError as error:
+            raise ValueError(f"--label {name}={weight}: the weight is no number") from error
+    if not (min(weights) >= 0 and abs(sum(weights) - 1) < 1e-6) or len({*names}) < len(names):
+        raise ValueError(
+            f"--label {' '.join(words)}: weights that sum to {sum(weights):g}; expected each class "
+            "once, at least 0, and 1 in all"
+        )
+    return weights
 
 
 def fit_contours(contours: Iterable[np.ndarray], size: int, style: str | None) -> np.ndarray:
@@ -286,8 +309,11 @@ def main(args: argparse.Namespace) -> None:
 
     def draw(items: Sequence[int], seed: int) -> np.ndarray:
         """Samples (N, H, W) in [-1, 1]; sample i depends on the seed and i alone."""
-        labels = [request.labels[sources[i]] for i in items]
-        numbers = [classes.index(name) if name else NO_LABEL for name in labels]
+        if args.label is not None:
+            numbers = [read_label(args.label, classes)] * len(items)
+        else:
+            labels = [request.labels[sources[i]] for i in items]
+            numbers = [classes.index(name) if name else NO_LABEL for name in labels]
         label, contour = torch.tensor(numbers, device=device), None
         if request.contours is not None:
             contour = torch.from_numpy(request.contours[[sources[i] for i in items]]).to(device)

@@ -23,6 +23,7 @@ from fibldm.training import (
     optimizer_step,
     positive,
     run_script,
+    seed_dropout,
 )
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
@@ -130,14 +131,15 @@ def main(args: argparse.Namespace) -> None:
     order = training_batches(data, batches, "control", 2, device)
     validation = Validation(data, vae, scheduler, args, precision, run)
     run.say(
-        f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
+        f"{len(train_rows)} latents of {len(data.indices('train', views=False))} slices to train "
+        f"on, {len(data.indices('val'))} held out for "
         f"validation; {sum(p.numel() for p in controlnet.parameters()) / 1e6:.1f} M parameters; "
         f"{device}, {precision.name}, {distributed.world_size()} process(es)"
     )
 
     def validate_and_keep_best(step: int) -> None:
-        loss = validation.measure(lambda c, y: steer(unet, ema.model, c, y), run, step)
-        if run.is_best(loss) and distributed.is_main():
+        best = validation.measure(lambda c, y: steer(unet, ema.model, c, y), run, step)
+        if best and distributed.is_main():
             facts = {"window": list(data.window), "step": step}
             save_model(run.folder / "controlnet_best.pth", ema.model, lineage, **facts)
         run.end_validation(step)
@@ -154,6 +156,8 @@ def main(args: argparse.Namespace) -> None:
             label = torch.where(draws[:, 1] < args.label_dropout, NO_LABEL, label)
 
             # Loss.
+            seed_dropout(args.seed, step, batches.positions(part))
+
             def denoiser(x, t, contour=contour, condition=condition, label=label):
                 return unet(x, t, condition, label, model(x, t, contour, condition, label))
 

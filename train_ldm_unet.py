@@ -21,6 +21,7 @@ from fibldm.training import (
     optimizer_step,
     positive,
     run_script,
+    seed_dropout,
 )
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
@@ -46,9 +47,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="width at each resolution; each halves the size",
     )  # fmt: skip
     model.add_argument(
-        "--blocks", type=positive, nargs="+", default=[1, 1, 3],
-        help="residual blocks at each resolution, or one number for all",
+        "--blocks", type=positive, nargs="+",
+        help="blocks at each resolution, or one number for all (default: 1, and 3 at the smallest)",
     )  # fmt: skip
+    model.add_argument(
+        "--dropout",
+        type=fraction,
+        default=0.0,
+        help="of features: few patients are learnt by heart",
+    )
     model.add_argument(
         "--contour_dropout", type=fraction, default=0.1, help="how often the contour is withheld"
     )
@@ -78,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     unet = UNet(
         data.latent_dim, data.latent_size, data.contour_channels, len(data.classes),
-        args.channels, args.blocks,
+        args.channels, args.blocks, args.dropout,
     ).to(device)  # fmt: skip
     ema = EMA(unet, args.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -98,15 +105,16 @@ def main(args: argparse.Namespace) -> None:
     order = training_batches(data, batches, "unet", 3, device)
     validation = Validation(data, vae.to(device), scheduler, args, precision, run)
     run.say(
-        f"{len(train_rows)} latents to train on, {len(data.indices('val'))} held out for "
+        f"{len(train_rows)} latents of {len(data.indices('train', views=False))} slices to train "
+        f"on, {len(data.indices('val'))} held out for "
         f"validation; classes {data.classes or 'none'}; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters; {device}, "
         f"{precision.name}, {distributed.world_size()} process(es)"
     )
 
     def validate_and_keep_best(step: int) -> None:
-        loss = validation.measure(lambda c, y: steer(ema.model, None, c, y), run, step)
-        if run.is_best(loss) and distributed.is_main():
+        best = validation.measure(lambda c, y: steer(ema.model, None, c, y), run, step)
+        if best and distributed.is_main():
             facts = {"window": list(data.window), "classes": data.classes, "step": step}
             facts |= {"pixel_spacing": data.pixel_spacing, "contour_style": data.contour_style}
             save_model(run.folder / "unet_best.pth", ema.model, lineage, **facts)
@@ -126,6 +134,7 @@ def main(args: argparse.Namespace) -> None:
             label = torch.where(draws[:, 2] < args.label_dropout, NO_LABEL, label)
 
             # Loss.
+            seed_dropout(args.seed, step, batches.positions(part))
             with distributed.sync_gradients(model, part + 1 == args.grad_accum):
                 with precision.autocast():
                     loss = diffusion_loss(

@@ -45,7 +45,7 @@ class ControlNet(nn.Module):
             raise ValueError(
                 f"image size {image_size} is not a multiple of latent size {latent_size}"
             )
-        self.encoder = copy.deepcopy(unet.encoder).requires_grad_(True)
+        self.encoder = copy.deepcopy(unet.encoder).requires_grad_(True).train()
         factor = image_size // latent_size
         self.hint = HintEncoder(unet.config["contour_channels"], factor, channels[0])
         self.zero_convs = nn.ModuleList(

@@ -69,7 +69,7 @@ class Views:
     """
 
     count: int = 1
-    max_shift: int = 0  # whole pixels, each way
+    max_shift: float = 0.0  # of the side, each way, by whole pixels
     max_scale: float = 0.0  # 0.05: from 0.95 to 1.05 times its size
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
@@ -78,7 +78,7 @@ class Views:
         return [*rows, *(replace(row, view=i) for i in range(1, self.count) for row in train)]
 
     def move(self, hu: np.ndarray, contour: np.ndarray, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """A slice (H, W) and its contour (K, H, W) as this view shows them; what comes in is air.
+        """A square slice (S, S) and its contour (K, S, S) as this view shows them; air comes in.
 
         It depends on the image's name and the number of the view, not on the other rows.
         """
@@ -86,13 +86,16 @@ class Views:
             return hu, contour
         name = int.from_bytes(hashlib.sha256(row.image.encode()).digest()[:8], "big")
         draws = 2 * item_generator(name, "view", row.view, 0).random(3) - 1
-        shift = np.round(draws[:2] * self.max_shift)
+        shift = np.round(draws[:2] * self.max_shift * len(hu))
         scale = 1 + draws[2] * self.max_scale
         center = (np.array(hu.shape) - 1) / 2
         place = {"matrix": np.full(2, 1 / scale), "offset": center - (center + shift) / scale}
         moved = affine_transform(hu, **place, order=3, cval=ct.AIR)
-        labels = [affine_transform(channel, **place, order=0) for channel in contour]
-        return moved.clip(hu.min(), hu.max()), np.stack(labels)
+        outlined = ct.contour_style(contour) == "outline"
+        masks = ct.fill_outline(contour) if outlined else contour
+        masks = np.stack([affine_transform(m.astype(np.uint8), **place, order=0) for m in masks])
+        contour = ct.outline_mask(masks).astype(np.uint8) if outlined else masks
+        return moved.clip(hu.min(), hu.max()), contour
 
 
 def list_some(lines: Sequence[str]) -> str:
@@ -594,7 +597,9 @@ def write_latents(
             writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
             for i, row in enumerate(dataset.rows):
                 writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
-        style, notes = measure_style(arrays["contours"], dataset.facts.contour_style)
+        style, notes = measure_style(
+            arrays["contours"][: dataset.slices], dataset.facts.contour_style
+        )
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
             "latent_shape": [count, *latent],

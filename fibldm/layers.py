@@ -50,12 +50,13 @@ class ResBlock(nn.Module):
     The modulation by scale and shift is Dhariwal & Nichol 2021 (arXiv 2105.05233), section 3.1.
     """
 
-    def __init__(self, channels: int, emb_channels: int = 0) -> None:
+    def __init__(self, channels: int, emb_channels: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = ChannelNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, 2 * channels) if emb_channels else None
         self.norm2 = ChannelNorm(channels)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
@@ -64,7 +65,7 @@ class ResBlock(nn.Module):
         if self.emb is not None:
             scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        return x + self.conv2(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
@@ -102,12 +103,13 @@ class TransformerBlock(nn.Module):
     diffusion", arXiv 2301.11093): a weight costs a ninth of a 3x3 convolution's there.
     """
 
-    def __init__(self, channels: int, emb_channels: int) -> None:
+    def __init__(self, channels: int, emb_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = SelfAttention(channels)
         self.norm = ChannelNorm(channels)
         self.emb = nn.Linear(emb_channels, 2 * channels)
         self.conv1 = nn.Conv2d(channels, 4 * channels, 1)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(4 * channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class TransformerBlock(nn.Module):
         x = self.attention(x)
         scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
         h = self.norm(x) * (1 + scale) + shift
-        return x + self.conv2(F.gelu(self.conv1(h), approximate="tanh"))
+        return x + self.conv2(self.dropout(F.gelu(self.conv1(h), approximate="tanh")))
 
 
 class Downsample(nn.Conv2d):

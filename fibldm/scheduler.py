@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+SPACINGS = ("logsnr", "trailing", "karras")
+KARRAS_RHO = 7.0
 CLEAN = -1  # the "timestep" of data without noise
 
 
@@ -72,19 +74,22 @@ class CosineScheduler:
     def timesteps(self, steps: int, spacing: str = "logsnr") -> list[int]:
         """Descending timesteps of a sampler, T - 1 first; `steps` of them, all different.
 
-        "trailing" spaces them evenly in t (arXiv 2305.08891). "logsnr" spaces them evenly in
-        log-SNR over most of the schedule (arXiv 2211.01095), which needs far fewer steps.
+        "trailing" spaces them evenly in t (arXiv 2305.08891), "logsnr" evenly in log-SNR over most
+        of the schedule (arXiv 2211.01095), "karras" evenly in (sigma / alpha)^(1/7) over the same
+        (Karras et al. 2022, arXiv 2206.00364).
         """
         last = self.num_timesteps - 1
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(f"{steps} sampling steps; expected 1 to {self.num_timesteps}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing {spacing!r}; expected one of {', '.join(SPACINGS)}")
         if spacing == "trailing":
             return [round((i + 1) * self.num_timesteps / steps) - 1 for i in reversed(range(steps))]
-        if spacing != "logsnr":
-            raise ValueError(f"spacing {spacing!r}; expected 'logsnr' or 'trailing'")
 
-        # T - 1 has no finite log-SNR; beyond this grid steps bring next to nothing.
+        # T - 1 has no finite log-SNR; beyond this range steps bring next to nothing.
         table = torch.log(self.alpha[:last] / self.sigma[:last])
+        if spacing == "karras":
+            table = -torch.exp(-table / KARRAS_RHO)
         start, end = table[int(0.95 * last)], table[int(0.008 * last)]
         grid = torch.linspace(float(start), float(end), max(steps - 1, 1))
         chosen = [last]

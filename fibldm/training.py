@@ -24,7 +24,7 @@ from fibldm.checkpoint import Stateful, load_training, save_training
 # may move, since what they hold is compared with the run's lineage.
 FREE_OPTIONS = {
     *("steps", "device", "compile", "grad_accum", "num_workers"),
-    *("log_interval", "save_interval", "csv_file", "csv_path", "img_dir", "data_path"),
+    *("log_interval", "save_interval", "patience", "csv_file", "csv_path", "img_dir", "data_path"),
     *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
 }
 
@@ -91,8 +91,13 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
         "--views", type=positive, default=8,
         help="encodings of a training slice: the first as it is, the others moved and scaled",
     )  # fmt: skip
-    group.add_argument("--max_shift", type=int, default=16, help="pixels a view moves, each way")
-    group.add_argument("--max_scale", type=fraction, default=0.05, help="0.05: 0.95 to 1.05")
+    group.add_argument(
+        "--max_shift", type=fraction, default=0.0625,
+        help="how far a view moves, each way, by whole pixels: a share of the side",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_scale", type=fraction, default=0.05, help="how much larger or smaller a view is"
+    )
 
 
 def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
@@ -115,6 +120,10 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> 
     group.add_argument("--log_interval", type=positive, default=50, help="steps between log lines")
     group.add_argument("--save_interval", type=positive, help="steps between writes of last.pth")
     group.add_argument("--val_interval", type=positive, help="steps between validations")
+    group.add_argument(
+        "--patience", type=int, default=0,
+        help="validations in a row without a new best after which training ends; 0: never",
+    )  # fmt: skip
     parser.set_defaults(**defaults)
 
 
@@ -162,6 +171,14 @@ def item_uniform(seed: int, stream: str, step: int, items: Sequence[int], count:
     """Uniform numbers in [0, 1), (len(items), count), fp32, each item's its own."""
     draws = [item_generator(seed, stream, step, i).random(count, np.float32) for i in items]
     return torch.from_numpy(np.stack(draws))
+
+
+def seed_dropout(seed: int, step: int, items: Sequence[int]) -> None:
+    """Let dropout's masks follow from these: a resumed run drops as one that was not interrupted.
+
+    They belong to a whole part: another number of processes, or of parts, has other masks.
+    """
+    torch.manual_seed(int(item_generator(seed, "dropout", step, items[0]).integers(2**63)))
 
 
 def part_size(args: argparse.Namespace) -> int:
@@ -265,11 +282,13 @@ class Run:
     def resume(self, kind: str, parts: dict[str, Stateful], lineage: dict[str, str]) -> dict:
         """Restore `parts` from last.pth, if it is there, and open the folder for writing.
 
-        Returns the run's progress: the last step taken, the best validation loss, and the last
-        step that was validated.
+        Returns the run's progress: the last step taken, the best validation loss, whether its
+        snapshot copies, how many validations were worse since, the last step that was validated,
+        and the first at which samples followed their contours (0: not yet).
         """
         self.kind, self.parts, self.lineage = kind, parts, lineage
-        self.progress = {"step": 0, "best": float("inf"), "validated": 0}
+        self.progress = {"step": 0, "best": float("inf"), "copies": True, "worse": 0}
+        self.progress |= {"validated": 0, "followed": 0}
         if self.last.is_file():
             content = load_training(self.last, kind, parts, lineage)
             self.progress = {name: content[name] for name in self.progress}
@@ -323,6 +342,12 @@ class Run:
             steps, self.folder.name, self.args.steps, initial=self.first, disable=quiet
         ) as bar:
             for step in bar:
+                if self.args.patience and self.progress["worse"] >= self.args.patience:
+                    self.say(
+                        f"no better validation in {self.progress['worse']} (--patience "
+                        f"{self.args.patience}): ended after step {self.progress['step']}"
+                    )
+                    return
                 self.saved = False
                 yield step
 
@@ -347,11 +372,19 @@ class Run:
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
         return validate
 
-    def is_best(self, loss: float) -> bool:
-        """Whether a validation loss is the lowest so far; remembers it."""
-        best = loss < self.progress["best"]
+    def is_best(self, loss: float, copies: bool = False) -> bool:
+        """Whether a validation loss is the lowest so far; remembers it.
+
+        A snapshot whose samples are copies of patients is never better than one that has none.
+        """
+        best = np.isfinite(loss) and (copies, loss) < (
+            self.progress["copies"],
+            self.progress["best"],
+        )
         if best:
-            self.progress["best"] = loss
+            self.progress |= {"best": loss, "copies": copies, "worse": 0}
+        else:
+            self.progress["worse"] += 1
         return best
 
     def end_validation(self, step: int) -> None:

@@ -35,8 +35,13 @@ def contour_condition(contour: Tensor, size: int, keep: Tensor | None = None) ->
     return condition if keep is None else condition * keep.view(-1, 1, 1, 1)
 
 
-def blocks_per_level(blocks: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    """One number for each level, or one for all; ValueError where there are others."""
+def blocks_per_level(blocks: int | Sequence[int] | None, levels: int) -> tuple[int, ...]:
+    """One number for each level; given are these, or one for all, or None: 1, and 3 at the last.
+
+    ValueError where there are others.
+    """
+    if blocks is None:
+        return (*[1] * (levels - 1), 3)
     blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
     if len(blocks) == 1:
         blocks *= levels
@@ -51,9 +56,9 @@ def blocks_per_level(blocks: int | Sequence[int], levels: int) -> tuple[int, ...
 class Attended(nn.Module):
     """A ResBlock and self-attention."""
 
-    def __init__(self, channels: int, emb_channels: int) -> None:
+    def __init__(self, channels: int, emb_channels: int, dropout: float) -> None:
         super().__init__()
-        self.block = ResBlock(channels, emb_channels)
+        self.block = ResBlock(channels, emb_channels, dropout)
         self.attention = SelfAttention(channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -61,12 +66,12 @@ class Attended(nn.Module):
         return self.attention(self.block(x, emb))
 
 
-def stage(channels: int, emb_channels: int, size: int) -> nn.Module:
+def stage(channels: int, emb_channels: int, dropout: float, size: int) -> nn.Module:
     """What works on feature maps of this size, (x, emb) -> x."""
     if size <= TRANSFORMER_MAX_SIZE:
-        return TransformerBlock(channels, emb_channels)
+        return TransformerBlock(channels, emb_channels, dropout)
     kind = Attended if size <= ATTENTION_MAX_SIZE else ResBlock
-    return kind(channels, emb_channels)
+    return kind(channels, emb_channels, dropout)
 
 
 def level_sizes(latent_size: int, levels: int) -> list[int]:
@@ -88,6 +93,7 @@ class UNetEncoder(nn.Module):
         num_classes: int,
         channels: Sequence[int],
         blocks: Sequence[int],
+        dropout: float,
     ) -> None:
         super().__init__()
         self.condition_channels = contour_channels + 1
@@ -102,11 +108,11 @@ class UNetEncoder(nn.Module):
         sizes = level_sizes(latent_size, len(channels))
         for i, width in enumerate(channels):
             for _ in range(blocks[i]):
-                self.layers.append(stage(width, emb, sizes[i]))
+                self.layers.append(stage(width, emb, dropout, sizes[i]))
                 self.widths.append(width)
             if i + 1 < len(channels):
                 self.layers.append(Downsample(width, channels[i + 1]))
-        self.middle = stage(channels[-1], emb, sizes[-1])
+        self.middle = stage(channels[-1], emb, dropout, sizes[-1])
         self.widths.append(channels[-1])
 
     def forward(
@@ -119,8 +125,9 @@ class UNetEncoder(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """x (N, C, h, w), t (N,), contour (N, K + 1, h, w), label (N,) -> features, embedding.
 
-        contour comes from `contour_condition`; label is a class index or NO_LABEL; `hint`
-        (N, channels[0], h, w), the ControlNet's, is added to the first feature map.
+        contour comes from `contour_condition`; label is a class index or NO_LABEL, or, between
+        classes, weights (N, num_classes) of their embeddings; `hint` (N, channels[0], h, w), the
+        ControlNet's, is added to the first feature map.
         """
         # Conditions: time and label are embedded, the contour joins the latent's channels.
         emb = self.time(timestep_embedding(t, self.time_channels))
@@ -128,7 +135,10 @@ class UNetEncoder(nn.Module):
             if label is None:
                 label = torch.full_like(t, NO_LABEL, dtype=torch.long)
             none = self.label.num_embeddings - 1
-            emb = emb + self.label(torch.where(label == NO_LABEL, none, label))
+            if label.ndim == 2:
+                emb = emb + label @ self.label.weight[:none]
+            else:
+                emb = emb + self.label(torch.where(label == NO_LABEL, none, label))
         if contour is None:
             contour = x.new_zeros(x.shape[0], self.condition_channels, *x.shape[2:])
 
@@ -160,7 +170,12 @@ class UNetDecoder(nn.Module):
     """Features and embedding -> the prediction for the latent: the encoder's levels, mirrored."""
 
     def __init__(
-        self, latent_dim: int, latent_size: int, channels: Sequence[int], blocks: Sequence[int]
+        self,
+        latent_dim: int,
+        latent_size: int,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        dropout: float,
     ) -> None:
         super().__init__()
         emb, sizes = 4 * channels[0], level_sizes(latent_size, len(channels))
@@ -168,7 +183,7 @@ class UNetDecoder(nn.Module):
         for i, width in reversed(list(enumerate(channels))):
             for _ in range(blocks[i]):
                 self.layers.append(Merge(width))
-                self.layers.append(stage(width, emb, sizes[i]))
+                self.layers.append(stage(width, emb, dropout, sizes[i]))
             if i > 0:
                 self.layers.append(Upsample(width, channels[i - 1]))
         self.norm = ChannelNorm(channels[0])
@@ -199,7 +214,8 @@ class UNet(nn.Module):
         contour_channels: int = 1,
         num_classes: int = 0,
         channels: Sequence[int] = (128, 256, 768),
-        blocks: int | Sequence[int] = (1, 1, 3),
+        blocks: int | Sequence[int] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         blocks = blocks_per_level(blocks, len(channels))
@@ -210,11 +226,12 @@ class UNet(nn.Module):
             "num_classes": num_classes,
             "channels": list(channels),
             "blocks": list(blocks),
+            "dropout": dropout,
         }
         self.encoder = UNetEncoder(
-            latent_dim, latent_size, contour_channels, num_classes, channels, blocks
+            latent_dim, latent_size, contour_channels, num_classes, channels, blocks, dropout
         )
-        self.decoder = UNetDecoder(latent_dim, latent_size, channels, blocks)
+        self.decoder = UNetDecoder(latent_dim, latent_size, channels, blocks, dropout)
         self.to(memory_format=torch.channels_last)
 
     def forward(

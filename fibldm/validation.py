@@ -14,14 +14,17 @@ from fibldm.datasets import LatentDataset, chunks
 from fibldm.lungs import lung_mask
 from fibldm.metrics import RealismMetrics, contour_dice
 from fibldm.panels import write_samples
+from fibldm.privacy import Privacy, Rows
 from fibldm.samplers import dpmpp_2m
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import Precision, Run, item_noise, positive
+from fibldm.training import Precision, Run, fraction, item_noise, positive
 from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
 GRID = 16  # samples in the picture
 BATCH = 32
+FOLLOWED = 0.95  # of the Dice that the lungs of real slices have with their own contours
+FEW_SLICES = 10_000  # to train on, repeats included: fewer were not enough to learn control
 SEED = 0  # of validation's noise: the same in all runs, so that they can be compared
 
 Steer = Callable[[Tensor, Tensor], Denoiser]  # contours (N, K, H, W), labels (N,) -> denoiser
@@ -33,6 +36,11 @@ def add_validation_options(parser: argparse.ArgumentParser) -> None:
         "--val_samples", type=positive, default=64, help="held-out contours to sample for"
     )
     group.add_argument("--val_sampling_steps", type=positive, default=20, help="DPM-Solver++ steps")
+    group.add_argument(
+        "--max_copies", type=fraction, default=0.02,
+        help="share of samples nearer to a training slice than held-out ones are: a snapshot with "
+        "more is not kept as the best while there is one with fewer",
+    )  # fmt: skip
 
 
 class Validation:
@@ -60,50 +68,104 @@ class Validation:
         for rows in chunks(real, BATCH):
             self.metrics.update_real(data.heldout_images(rows, self.device))
 
-    def measure(self, steer: Steer, run: Run, step: int) -> float:
-        """Loss, samples and their grid, logged as the run's; returns the loss."""
+        # What the lungs of the real slices have, the contours of others, and how near others are.
+        images = data.heldout_images(self.mine, torch.device("cpu"))[:, 0].numpy()
+        agreement = dice(images, data.contours[self.mine], data.window)
+        self.real_dice = float(np.concatenate(distributed.gather(agreement)).mean())
+        count = len(self.rows)
+        self.other = {row: self.rows[(i + count // 2) % count] for i, row in enumerate(self.rows)}
+        train, held = data.indices("train"), data.indices("val", "test")
+        patients = [row.patient_id for row in data.rows]
+        self.privacy = None
+        if len(held) > 1:
+            self.privacy = Privacy(None, [patients[i] for i in train], Rows(data.latents, train))
+            self.privacy.calibrate(None, Rows(data.latents, held), [patients[i] for i in held])
+        if args.steps * args.batch_size < FEW_SLICES:
+            run.warn(
+                [
+                    f"--steps {args.steps} of --batch_size {args.batch_size} are "
+                    f"{args.steps * args.batch_size} slices, repeats included; expected at least "
+                    f"{FEW_SLICES} for samples that follow their contours: see val/dice"
+                ]
+            )
+
+    def measure(self, steer: Steer, run: Run, step: int) -> bool:
+        """Loss, samples and their grid, logged as the run's; whether this snapshot is the best."""
         path = run.folder / "samples" / f"step_{step:07d}.png"
         values = {**self.loss(steer), **self.samples(steer, path)}
         run.log(step, values, "val")
         run.picture(step, "samples", path)
-        return values["loss"]
+        wanted = FOLLOWED * self.real_dice
+        if values["dice"] >= wanted and not run.progress["followed"]:
+            run.progress["followed"] = step
+            run.say(
+                f"samples follow their contours at step {step}: Dice {values['dice']:.3f}, "
+                f"{self.real_dice:.3f} in the real slices"
+            )
+        copies = values.get("copies", 0) > self.args.max_copies
+        if copies:
+            run.warn(
+                [
+                    f"step {step}: {values['copies']:.0%} of the samples are nearer to a training "
+                    f"slice than held-out slices are (--max_copies {self.args.max_copies:g}): the "
+                    "model memorizes. More patients or --views, a smaller model or more --dropout "
+                    "help; an earlier snapshot is kept as the best where there is one"
+                ]
+            )
+        if step == self.args.steps and not run.progress["followed"]:
+            run.warn(
+                [
+                    f"after {step} steps the samples do not follow their contours: Dice "
+                    f"{values['dice']:.3f}, expected {wanted:.3f}; train for more --steps, or "
+                    "larger batches"
+                ]
+            )
+        return run.is_best(values["loss"], copies)
 
     @torch.no_grad()
     def loss(self, steer: Steer) -> dict[str, float]:
-        """Mean loss, and the loss at each noise level; deterministic for the same weights."""
+        """Mean loss, the loss at each noise level, and what it loses by contours of others.
+
+        Deterministic for the same weights. `contour_gap` is what the loss alone hides: by how much
+        it rises, as a share, where each slice is given the contour of another.
+        """
         last = self.scheduler.num_timesteps - 1
         levels = [round((i + 0.5) / NOISE_LEVELS * last) for i in range(NOISE_LEVELS)]
-        totals = torch.zeros(NOISE_LEVELS, dtype=torch.float64)
+        totals = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)
         for rows in chunks(self.mine, BATCH):
             latents, contours, labels = self.data.batch(rows, self.device)
+            _, others, _ = self.data.batch([self.other[row] for row in rows], self.device)
             with self.precision.autocast():
-                denoiser = steer(contours, labels)
-                for i, level in enumerate(levels):
-                    noise = item_noise(SEED, "val", level, rows, latents.shape[1:])
-                    t = torch.full((len(rows),), level, device=self.device)
-                    losses = diffusion_loss(
-                        denoiser, self.scheduler, latents, t, noise.to(self.device)
-                    )
-                    totals[i] += losses.double().sum().cpu()
+                for total, given in zip(totals, (contours, others), strict=True):
+                    denoiser = steer(given, labels)
+                    for i, level in enumerate(levels):
+                        noise = item_noise(SEED, "val", level, rows, latents.shape[1:])
+                        t = torch.full((len(rows),), level, device=self.device)
+                        losses = diffusion_loss(
+                            denoiser, self.scheduler, latents, t, noise.to(self.device)
+                        )
+                        total[i] += losses.double().sum().cpu()
         totals = distributed.sum_over_ranks(totals.to(self.device)).cpu() / len(self.rows)
-        by_level = {f"loss_t{level}": float(v) for level, v in zip(levels, totals, strict=True)}
-        return {"loss": float(totals.mean()), **by_level}
+        right, wrong = totals.mean(dim=1).tolist()
+        by_level = {f"loss_t{level}": float(v) for level, v in zip(levels, totals[0], strict=True)}
+        return {"loss": right, "contour_gap": wrong / max(right, 1e-12) - 1, **by_level}
 
     @torch.no_grad()
     def samples(self, steer: Steer, grid: Path) -> dict[str, float]:
         """Sample for the fixed contours, write the grid, measure realism and contour Dice."""
-        images, size = [], self.data.image_size
+        images, latents, size = [], [], self.data.image_size
         timesteps = self.scheduler.timesteps(self.args.val_sampling_steps)
         self.metrics.reset()
         for rows in chunks(self.mine, BATCH):
-            latents, contours, labels = self.data.batch(rows, self.device)
-            noise = item_noise(SEED, "sample", 0, rows, latents.shape[1:]).to(self.device)
+            x0, contours, labels = self.data.batch(rows, self.device)
+            noise = item_noise(SEED, "sample", 0, rows, x0.shape[1:]).to(self.device)
             with self.precision.autocast():
                 z = dpmpp_2m(steer(contours, labels), self.scheduler, noise, timesteps)
             pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
             batch = self.vae.decode(z.float() / LATENT_SCALE, pixels).clamp(-1, 1)
             self.metrics.update_fake(batch, self.data.heldout_images(rows, self.device))
             images.append(batch[:, 0].cpu().numpy())
+            latents.append(z.float().cpu().numpy())
         empty = np.zeros((0, size, size), np.float32)
         drawn = np.concatenate([empty, *images])
         agreement = dice(drawn, self.data.contours[self.mine], self.data.window)
@@ -111,7 +173,25 @@ class Validation:
         shown = np.concatenate(distributed.gather(drawn[:GRID]))[:GRID]
         if distributed.is_main():
             write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
-        return {**self.metrics.compute(), "dice": float(agreement.mean())}
+        values = {**self.metrics.compute(), "dice": float(agreement.mean())}
+        return {**values, **self.copying(latents)}
+
+    def copying(self, latents: list[np.ndarray]) -> dict[str, float]:
+        """`copies`: the share of all ranks' samples that are copies, by their latents.
+
+        `distance_to_training`: of the samples to the nearest training slice, the median; 1 is
+        that of held-out slices, 0 a copy (fibldm.privacy).
+        """
+        if self.privacy is None:
+            return {}
+        matches = [match for part in latents for match in self.privacy.nearest(None, part)]
+        found = [(match.flagged, match.distances["latents"]) for match in matches]
+        everywhere = np.array([pair for part in distributed.gather(found) for pair in part])
+        usual = float(np.median(self.privacy.heldout["latents"]))
+        return {
+            "copies": float(everywhere[:, 0].mean()),
+            "distance_to_training": float(np.median(everywhere[:, 1])) / max(usual, 1e-12),
+        }
 
 
 def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) -> np.ndarray:

@@ -85,6 +85,13 @@ def test_its_encoder_is_a_copy_of_the_unets():
     assert not any(p.requires_grad for p in unet.parameters())
 
 
+def test_it_drops_out_as_the_unet_was_trained_and_the_frozen_unet_does_not():
+    unet = perturb(UNet(3, 8, channels=(12, 20), blocks=1, dropout=0.5)).eval()
+    control, x, contour = perturb(ControlNet(unet, SIZE), seed=1), normal(2, 3, 8, 8), contours()
+    assert not torch.equal(control(x, TIMES, contour)[0], control(x, TIMES, contour)[0])
+    assert torch.equal(unet(x, TIMES), unet(x, TIMES))
+
+
 def test_two_steps_move_it_and_not_the_unet():
     torch.manual_seed(0)
     unet = tiny_unet()

@@ -1,7 +1,9 @@
 """label.csv and its split, slices as tensors, and latent data sets: whole, checked, refused."""
 
+import argparse
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,17 @@ from fibldm.checkpoint import file_hash, load, save, save_model
 from fibldm.datasets import (
     CTDataset,
     LatentDataset,
+    Row,
     Split,
+    Views,
+    ahead,
     encode_csv,
     read_table,
     shift_slices,
+    training_batches,
     write_latents,
 )
+from fibldm.training import Batches, item_noise, item_uniform
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
@@ -551,6 +558,127 @@ def test_changed_images_are_not_taken_for_encoded_ones(latents):
         encode(folder, csv_file, vae_file)
     encode(folder, csv_file, vae_file, overwrite=True)
     encode(folder, csv_file, vae_file)
+
+
+def test_views_move_a_slice_and_its_contour_alike(tmp_path):
+    """A square that is bright and is the contour stays both, wherever it goes."""
+    hu, contour = np.full((64, 64), -1000.0, np.float32), np.zeros((1, 64, 64), np.uint8)
+    hu[20:40, 24:44], contour[0, 20:40, 24:44] = 100.0, 1
+    places, sizes = [], []
+    for number in range(1, 9):
+        row = Row(f"{number}.png", "", "", "", "train", number)
+        moved, drawn = Views(9, 0.125, 0.2).move(hu, contour, row)
+        assert moved.shape == hu.shape and drawn.dtype == np.uint8
+        assert moved.min() >= -1000 and moved.max() <= 100
+        inside = moved > -450
+        assert (inside != (drawn[0] > 0)).mean() < 0.02
+        places.append(np.argwhere(inside).mean(axis=0))
+        sizes.append(inside.sum())
+    places = np.array(places) - [29.5, 33.5]
+    assert np.abs(places).max() <= 8 + 2 and places.std(axis=0).min() > 1  # of 64: an eighth
+    assert 0.6 * 400 < min(sizes) < 400 < max(sizes) < 1.5 * 400
+
+
+def test_a_shifted_view_keeps_each_pixel():
+    rng = np.random.default_rng(0)
+    hu, contour = rng.normal(0, 100, (32, 32)), np.zeros((1, 32, 32), np.uint8)
+    row = Row("a.png", "", "", "", "train", 3)
+    moved, _ = Views(4, 0.1, 0.0).move(hu, contour, row)
+    shifts = [(y, x) for y in range(-3, 4) for x in range(-3, 4)]
+    middle = np.s_[4:-4, 4:-4]
+    errors = {s: np.abs(np.roll(hu, s, (0, 1)) - moved)[middle].max() for s in shifts}
+    assert min(errors.values()) < 1e-6 and errors[0, 0] > 1
+
+
+def test_outlines_stay_closed_in_views():
+    contour = np.zeros((1, 64, 64), bool)
+    contour[0, 20:44, 10:30] = True
+    outline = ct.outline_mask(contour).astype(np.uint8)
+    for number in range(1, 6):
+        row = Row("a.png", "", "", "", "train", number)
+        _, drawn = Views(6, 0.1, 0.1).move(np.zeros((64, 64)), outline, row)
+        assert ct.contour_style(drawn) == "outline"
+
+
+def test_views_are_further_rows_of_training_slices(tmp_path):
+    csv_file, vae_file = make_data(tmp_path / "data"), save_vae(tmp_path / "vae.pth")
+    encode(tmp_path / "plain", csv_file, vae_file)
+    encode(tmp_path / "views", csv_file, vae_file, views=Views(3, 0.1, 0.05))
+    plain, data = LatentDataset(tmp_path / "plain"), LatentDataset(tmp_path / "views")
+    count, train = len(plain), plain.indices("train")
+    assert len(data) == count + 2 * len(train)
+    assert np.array_equal(data.latents[:count], plain.latents)
+    assert data.indices("val", "test") == plain.indices("val", "test")
+    assert data.indices("train", views=False) == train
+    for i, row in enumerate(data.rows[count:]):
+        own = plain.rows[train[i % len(train)]]
+        assert (row.image, row.patient_id, row.split) == (own.image, own.patient_id, own.split)
+        assert row.view == 1 + i // len(train)
+        assert not np.array_equal(data.latents[count + i], plain.latents[train[i % len(train)]])
+    assert not np.array_equal(data.latents[count], data.latents[count + len(train)])
+    with pytest.raises(ValueError, match=r"its views: found \[3, 0.1, 0.05\].*--overwrite"):
+        encode(tmp_path / "views", csv_file, vae_file)
+
+
+def test_a_view_does_not_depend_on_the_other_rows(tmp_path):
+    csv_file, vae_file = make_data(tmp_path / "data"), save_vae(tmp_path / "vae.pth")
+    views = Views(2, 0.1, 0.05)
+    encode(tmp_path / "all", csv_file, vae_file, views=views)
+    lines = csv_file.read_text().splitlines()
+    fewer = csv_file.with_name("fewer.csv")
+    fewer.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
+    encode(tmp_path / "few", fewer, vae_file, views=views)
+    both = [LatentDataset(tmp_path / name) for name in ("all", "few")]
+    found = [{(r.image, r.view): d.latents[i] for i, r in enumerate(d.rows)} for d in both]
+    assert found[1].keys() < found[0].keys()
+    for key, latent in found[1].items():
+        np.testing.assert_allclose(latent, found[0][key], atol=1e-5)
+
+
+def test_ahead_keeps_order_and_is_one_ahead():
+    made: list[int] = []
+
+    def make():
+        for i in range(5):
+            made.append(i)
+            yield i
+
+    items = ahead(make())
+    assert next(items) == 0
+    while len(made) < 2:  # the next is made without being asked for
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert made == [0, 1]
+    assert list(items) == [1, 2, 3, 4]
+
+
+def test_ahead_raises_what_was_raised():
+    def make():
+        yield 1
+        raise ValueError("torn")
+
+    items = ahead(make())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="torn"):
+        next(items)
+
+
+def test_training_batches_are_those_of_their_rows_and_positions(latents):
+    data = LatentDataset(latents[0])
+    args = argparse.Namespace(batch_size=4, grad_accum=2, steps=3, seed=7)
+    rows = data.indices("train")
+    found = list(training_batches(data, Batches(rows, args, 0), "unet", 3, CPU))
+    assert len(found) == 6
+    for (step, positions, chosen), batch in zip(Batches(rows, args, 0).parts(), found, strict=True):
+        x0, contour, label, noise, draws = batch
+        assert torch.equal(x0, torch.from_numpy(data.latents[chosen]))
+        assert torch.equal(contour, torch.from_numpy(data.contours[chosen]))
+        assert label.tolist() == data.labels[chosen].tolist()
+        assert torch.equal(noise, item_noise(7, "unet", step, positions, x0.shape[1:]))
+        assert torch.equal(draws, item_uniform(7, "draws", step, positions, 3))
+    resumed = list(training_batches(data, Batches(rows, args, 2), "unet", 3, CPU))
+    for mine, theirs in zip(resumed, found[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_latents_of_another_scale_are_refused_with_both(latents):

@@ -115,7 +115,10 @@ def test_the_five_commands_of_the_design_on_real_slices(ct_folder, tmp_path, mon
     )
 
     data = LatentDataset("data/latents_dataset")
-    assert data.latents.shape == (24, 8, 16, 16) and data.contours.shape == (24, 1, 256, 256)
+    train = len(data.indices("train", views=False))
+    count = 24 + 7 * train
+    assert data.latents.shape == (count, 8, 16, 16)
+    assert data.contours.shape == (count, 1, 256, 256)
     made = LatentDataset("model_runs/controlnet_run_1/latents")
     assert np.array_equal(made.latents, data.latents)
     table = Path("samples/samples.csv").read_text().splitlines()
@@ -139,7 +142,7 @@ def test_the_tiny_vae_has_matrices_for_muon():
 
 def test_the_latents_of_the_training_split_are_standard(stages):
     data = LatentDataset(stages / "latents")
-    latents = data.latents[data.indices("train")]
+    latents = data.latents[data.indices("train", views=False)]
     assert np.allclose(latents.mean(axis=(0, 2, 3)), 0, atol=1e-3)
     assert np.allclose(latents.var(axis=(0, 2, 3)), 1, atol=1e-2)
     vae, _ = load_model(stages / "vae" / "vae_best.pth", VAE)

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from fibldm.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, guide, transitions
-from fibldm.scheduler import CLEAN, CosineScheduler, Denoiser
+from fibldm.scheduler import CLEAN, SPACINGS, CosineScheduler, Denoiser
 
 SCHEDULER = CosineScheduler()
 MIXTURE = (0.3, -1.0, 0.15), (0.7, 0.6, 0.1)  # weight, mean, SD
@@ -68,7 +68,7 @@ def test_transitions_end_clean():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 1000])
 def test_an_exact_oracle_gives_x0(name, spacing, steps):
     x0, x = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibldm.scheduler import CLEAN, CosineScheduler, diffusion_loss
+from fibldm.scheduler import CLEAN, SPACINGS, CosineScheduler, diffusion_loss
 
 SCHEDULER = CosineScheduler()
 EVERY_T = torch.arange(1000)
@@ -97,7 +97,7 @@ def test_loss_is_fp32_whatever_the_denoiser_gives():
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_of_any_count(spacing):
     for steps in [*range(1, 60), 100, 333, 500, 997, 998, 999, 1000]:
         chosen = SCHEDULER.timesteps(steps, spacing)
@@ -113,18 +113,22 @@ def test_spacings_are_even_in_what_they_say():
     chosen = SCHEDULER.timesteps(11, "logsnr")[1:]
     widths = torch.tensor([SCHEDULER.log_snr(t) for t in chosen]).diff()
     assert widths.max() < 1.1 * widths.min()
+    chosen = SCHEDULER.timesteps(11, "karras")[1:]
+    noise = torch.tensor([math.exp(-SCHEDULER.log_snr(t)) for t in chosen])  # sigma / alpha
+    widths = (noise ** (1 / 7)).diff()
+    assert widths.max() < 0 and widths.min() > 1.1 * widths.max()
     assert SCHEDULER.timesteps(10) == SCHEDULER.timesteps(10, "logsnr")
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-@pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_impossible_counts_are_refused(steps, spacing):
     with pytest.raises(ValueError, match=rf"{steps} sampling steps.*1 to 1000"):
         SCHEDULER.timesteps(steps, spacing)
 
 
 def test_unknown_spacing_is_refused():
-    with pytest.raises(ValueError, match=r"'leading'.*'logsnr' or 'trailing'"):
+    with pytest.raises(ValueError, match=r"'leading'.*logsnr, trailing, karras"):
         SCHEDULER.timesteps(5, "leading")
 
 

@@ -20,6 +20,7 @@ from fibldm.training import (
     item_uniform,
     learning_rate,
     optimizer_step,
+    seed_dropout,
 )
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
 def options(**changed) -> argparse.Namespace:
     values = {"batch_size": 8, "grad_accum": 1, "seed": 0, "steps": 10}
     values |= {"save_interval": 100, "val_interval": 100, "log_interval": 1}
-    values |= {"lr": 0.1, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9}
+    values |= {"lr": 0.1, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9, "patience": 0}
     return argparse.Namespace(**{**values, **changed})
 
 
@@ -381,6 +382,53 @@ def test_best_is_remembered(tmp_path):
     run, _ = begin(tmp_path / "run", steps=2)
     assert not run.is_best(1.6) and run.is_best(1.4)
     run.close()
+
+
+def test_a_snapshot_that_copies_gives_way_to_one_that_does_not(tmp_path):
+    run, _ = begin(tmp_path / "run")
+    found = [run.is_best(*args) for args in ((2.0, True), (3.0, False), (1.0, True), (2.9, False))]
+    assert found == [True, True, False, True]
+    run.close()
+
+
+def test_patience_ends_a_run_and_the_same_command_goes_no_further(tmp_path):
+    """The best validation is the second; two worse ones follow it."""
+    for _ in range(2):
+        run, model = begin(tmp_path / "run", val_interval=2, patience=2, steps=20)
+        losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2, 10: 0.1}
+        for step in run.steps():
+            with torch.no_grad():
+                model.weight += 1
+            if run.end_step(step):
+                run.is_best(losses[step])
+                run.end_validation(step)
+        run.close()
+        assert run.progress["step"] == 8 and run.progress["best"] == 1.0
+        assert model.weight.item() == 8
+    run, model = begin(tmp_path / "run", val_interval=2, patience=0, steps=20)
+    assert next(run.steps()) == 9  # without it the run goes on
+    run.close()
+
+
+def test_parts_say_where_each_row_belongs():
+    batches = Batches(ROWS, options(batch_size=4, grad_accum=2, steps=3), 1)
+    parts = list(batches.parts())
+    assert [(step, list(positions)) for step, positions, _ in parts] == [
+        *((2, [0, 1]), (2, [2, 3]), (3, [0, 1]), (3, [2, 3]))
+    ]
+    assert [rows for _, _, rows in parts] == list(batches)
+
+
+def test_dropout_follows_from_seed_step_and_position():
+    def mask(*where: object) -> list[bool]:
+        seed_dropout(*where)
+        return (nn.functional.dropout(torch.ones(64)) > 0).tolist()
+
+    first = mask(0, 5, range(8))
+    torch.rand(3)
+    assert mask(0, 5, range(8)) == first
+    for other in ((1, 5, range(8)), (0, 6, range(8)), (0, 5, range(8, 16))):
+        assert mask(*other) != first
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -93,6 +93,20 @@ def test_labels_count_where_there_are_classes():
     torch.testing.assert_close(mixed[1], outputs[3][1])
 
 
+def test_weights_of_labels_lie_between_them():
+    unet, x = perturb(UNet(**TINY, num_classes=3)), normal(2, 3, 8, 8)
+    named = [unet(x, TIMES, label=torch.full((2,), k)) for k in range(3)]
+    for k in range(3):
+        one = torch.eye(3)[[k, k]]
+        torch.testing.assert_close(unet(x, TIMES, label=one), named[k])
+    between = unet(x, TIMES, label=torch.tensor([[0.5, 0.0, 0.5]] * 2))
+    assert differs(between, named[0]) and differs(between, named[2])
+    mean = (unet.encoder.label.weight[0] + unet.encoder.label.weight[2]) / 2
+    with torch.no_grad():
+        unet.encoder.label.weight[1] = mean
+    torch.testing.assert_close(unet(x, TIMES, label=torch.tensor([1, 1])), between)
+
+
 def test_labels_do_nothing_without_classes():
     unet, x = perturb(UNet(**TINY)), normal(2, 3, 8, 8)
     assert torch.equal(unet(x, TIMES, label=torch.tensor([0, 1])), unet(x, TIMES))
@@ -112,6 +126,23 @@ def test_any_widths(channels):
     unet = perturb(UNet(4, 4, channels=channels, blocks=1))
     x = normal(2, 4, 4, 4)
     assert unet(x, TIMES).shape == x.shape
+
+
+def test_blocks_are_one_number_or_one_for_each_resolution():
+    def count(blocks):
+        return UNet(3, 8, channels=(8, 12), blocks=blocks).config["blocks"]
+
+    assert [count(b) for b in (2, [2], [2, 1], None)] == [[2, 2], [2, 2], [2, 1], [1, 3]]
+    with pytest.raises(ValueError, match=r"--blocks 1 2 3: 3 numbers.*--channels has 2"):
+        count([1, 2, 3])
+
+
+def test_dropout_acts_in_training_alone():
+    unet, x = perturb(UNet(**TINY, dropout=0.5)), normal(2, 3, 8, 8)
+    unet.train()
+    assert differs(unet(x, TIMES), unet(x, TIMES))
+    unet.eval()
+    assert torch.equal(unet(x, TIMES), unet(x, TIMES))
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
