@@ -12,6 +12,7 @@ set. Pictures of patients go into --out alone: they must not be published.
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -27,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import LatentDataset, chunks, training_batches
+from fibldm.datasets import (
+    CTDataset,
+    LatentDataset,
+    Split,
+    chunks,
+    read_table,
+    training_batches,
+    write_latents,
+)
 from fibldm.ema import EMA
 from fibldm.features import inception_features, load_inception
 from fibldm.metrics import set_score
@@ -39,12 +48,15 @@ from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
 from fibldm.validation import dice
 
+HERE = Path(__file__).resolve().parent
 SIZE, LATENT, CHANNELS, WIDTHS = 256, 16, 8, (128, 256, 512)
 HINT = (16, 32, 96, 256, 256)  # widths of the peers' hint encoders: 256 -> 16 pixels
-WARMUP, EMA_DECAY, DROPOUT = 50, 0.995, 0.1
+WARMUP, WITHHELD, DROPOUT = 50, 0.1, 0.1
+EMA_DECAYS = (0.995, 0.98, 0.99, 0.998, 0.999)  # the first is sampled from
 LEVELS = 8  # timesteps of the held-out loss
 PER_CONTOUR = 4  # samples of each held-out contour
 PEER_STEPS = 50
+NAMES, FORMATS = ("ours", "diffusers", "monai"), ("contiguous", "channels_last")
 
 
 class Peer(nn.Module):
@@ -143,15 +155,21 @@ PEERS: dict[str, Callable[[bool], Peer]] = {
     "monai": Monai,
     "ours_eps": OursByEps,
 }
-ARMS = ("ours", "diffusers", "monai", "ours_eps", "no_contour", "one_view")
+ARMS = ("ours", "diffusers", "monai", "ours_eps", "no_contour", "one_view", "dropout")
 CONTROL_ARMS = {"control_both": "ours", "control_alone": "no_contour"}  # of which U-Net
+
+
+WHAT = ("speed", "train", "sample", "control", "load", "encode", "table")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "train", "sample", "control", "load", "table"))
+    parser.add_argument("what", choices=WHAT)
+    ct = os.environ.get("FIBLDM_CT") or HERE.parents[1] / "shared" / "ct"
+    parser.add_argument("--ct", type=Path, default=Path(ct), help="real CT, with lungs/: encode")
+    parser.add_argument("--workers", type=int, default=2, help="that decode slices: encode")
     parser.add_argument("--latents", type=Path, help="folder that encode_dataset.py wrote")
     parser.add_argument("--vae", type=Path, help="the VAE that encoded it")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
@@ -328,27 +346,30 @@ TASKS = {
 
 
 def measure_speed(args: argparse.Namespace) -> None:
-    """Seconds a call of each task, medians over rounds in turn; peak memory of a U-Net's step.
+    """Seconds a call of each task, over rounds in turn; peak memory of a U-Net's step.
 
-    Each peer is measured in both memory formats, and the faster counts.
+    A peer is trained in both memory formats, and samples in the one that trains faster.
     """
     seconds: dict[str, dict[str, list[float]]] = {task: {} for task in TASKS}
     for round_number in range(args.rounds):
         for task, (make, control) in TASKS.items():
-            for name in ("ours", "diffusers", "monai"):
-                formats = ("",) if name == "ours" else ("contiguous", "channels_last")
+            for name in NAMES:
+                formats = FORMATS
+                if name == "ours":
+                    formats = FORMATS[:1]  # it sets its own
+                elif make is sample_call:
+                    trained = seconds["train U-Net"]
+                    formats = [min(FORMATS, key=lambda f, n=name: min(trained[f"{n} {f}"]))]
                 for args.memory_format in formats:
-                    call = make(name, control, args)
-                    key = f"{name} {args.memory_format}".strip()
-                    found = repeat(call, args)
+                    key = f"{name} {args.memory_format}"
+                    found = repeat(make(name, control, args), args)
                     seconds[task].setdefault(key, []).append(found)
                     print(round_number, task, key, f"{found:.3f} s", flush=True)
-                    del call
     result = {"seconds": seconds, "memory": {}, "parameters": {}}
-    for name in ("ours", "diffusers", "monai"):
+    args.memory_format = FORMATS[0]
+    for name in NAMES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             result["memory"][name] = pool.apply(peak_memory, (name, args))
-        args.memory_format = "contiguous"
         result["parameters"][name] = [train_call(name, c, args).parameters for c in (False, True)]
     args.out.mkdir(parents=True, exist_ok=True)
     replace_text(args.out / f"speed_{args.precision}.json", json.dumps(result, indent=2))
@@ -370,7 +391,6 @@ def repeat(call: Callable[[], object], args: argparse.Namespace) -> float:
 def peak_memory(name: str, args: argparse.Namespace) -> float:
     """GiB at the peak of three training steps of the U-Net, above the process before."""
     torch.set_num_threads(args.threads)
-    args.memory_format = "contiguous"
     if args.device != "cpu":
         call = train_call(name, False, args)
         for _ in range(3):
@@ -399,7 +419,7 @@ def speed_table(result: dict, args: argparse.Namespace) -> str:
             best.setdefault(task, {})[name] = min(value, best.get(task, {}).get(name, value))
     lines = [f"| {args.precision} | U-Net, ControlNet | {' | '.join(best)} | GiB |"]
     lines.append("|---" * (len(best) + 3) + "|")
-    for name in ("ours", "diffusers", "monai"):
+    for name in NAMES:
         cells = []
         for task, found in best.items():
             ratio = min(found["diffusers"], found["monai"]) / found[name]
@@ -430,8 +450,8 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
     elif arm in PEERS:
         model = PEERS[arm](False).to(device)
     else:
-        model = UNet().to(device)
-    ema = EMA(model, EMA_DECAY)
+        model = UNet(dropout=DROPOUT if arm == "dropout" else 0.0).to(device)
+    averages = [EMA(model, decay) for decay in EMA_DECAYS[: 1 if arm in PEERS else None]]
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -463,21 +483,29 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / WARMUP)
         t = (draws[:, 0] * scheduler.num_timesteps).long()
-        keep = draws[:, 1] >= (0 if frozen is not None else DROPOUT)
+        keep = draws[:, 1] >= (0 if frozen is not None else WITHHELD)
         with precision.autocast():
             loss = loss_of(model, x0, contour, t, noise, keep).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(model)
+        averages[0].update(model)
         now = clock(args)
         seconds += now - start
+        for ema in averages[1:]:
+            ema.update(model)
         done = seconds >= 60 * args.minutes
         if done or seconds >= due:
             due *= 2**0.5
-            held = heldout_loss(lambda *batch: loss_of(ema.model, *batch), data, precision)
-            log.append({"minutes": seconds / 60, "images": step * args.batch_size, "loss": held})
+            held = [
+                heldout_loss(lambda *batch, e=ema: loss_of(e.model, *batch), data, precision)
+                for ema in averages
+            ]
+            log.append({"minutes": seconds / 60, "images": step * args.batch_size})
+            log[-1] |= {"loss": held[0]} | {
+                f"ema {ema.decay}": value for ema, value in zip(averages, held, strict=True)
+            }
             print(arm, {key: round(value, 4) for key, value in log[-1].items()}, flush=True)
         start = clock(args)
         if done:
@@ -485,9 +513,9 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
     batches.close()
     replace_text(args.out / f"{arm}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     if arm in PEERS:
-        save(args.out / f"{arm}.pth", {"model": ema.model.state_dict()})
+        save(args.out / f"{arm}.pth", {"model": averages[0].model.state_dict()})
     else:
-        save_model(args.out / f"{arm}.pth", ema.model, {}, step=step)
+        save_model(args.out / f"{arm}.pth", averages[0].model, {}, step=step)
 
 
 @torch.no_grad()
@@ -736,6 +764,29 @@ def measure_loading(args: argparse.Namespace) -> None:
         print(f"| {name} | {rate:,.0f} latents/s | {rate / medians['torch.load']:.1f}x |")
 
 
+def measure_encoding(args: argparse.Namespace) -> None:
+    """Slices/s of encoding a data set whole, and of its VAE alone on slices in memory, in turn."""
+    device = torch.device(args.device)
+    vae, content = load_model(args.vae, VAE)
+    vae.to(device)
+    source = args.ct / "lungs"
+    rows, _ = read_table(source / "label.csv", source, Split(**content["split"]))
+    dataset = CTDataset(rows, source, source, SIZE)
+    images = torch.stack([dataset[i]["image"] for i in range(32)]).to(device)
+    precision = Precision(args.precision, device)
+    found: dict[str, list[float]] = {"encode_dataset": [], "VAE alone": []}
+    with tempfile.TemporaryDirectory() as folder, precision.autocast(), torch.no_grad():
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            write_latents(Path(folder) / "latents", dataset, vae, {}, device, 32, args.workers)
+            found["encode_dataset"].append(len(dataset) / (time.perf_counter() - start))
+            found["VAE alone"].append(32 / repeat(lambda: vae.encode(images), args))
+    alone = statistics.median(found["VAE alone"])
+    for name, rates in found.items():
+        rate = statistics.median(rates)
+        print(f"| {name} | {rate:.0f} slices/s | {rate / alone:.2f} |")
+
+
 def print_table(args: argparse.Namespace) -> None:
     """All that OUT holds."""
     for file in sorted(args.out.glob("speed_*.json")):
@@ -755,7 +806,6 @@ def print_table(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    args.memory_format = "contiguous"
     if args.what == "train":
         for arm in args.arms:
             train_arm(arm, args)
@@ -765,6 +815,7 @@ def main(args: argparse.Namespace) -> None:
         "sample": measure_samples,
         "control": measure_control,
         "load": measure_loading,
+        "encode": measure_encoding,
         "table": print_table,
     }[args.what](args)
 

@@ -66,11 +66,13 @@ class Attended(nn.Module):
         return self.attention(self.block(x, emb))
 
 
-def stage(channels: int, emb_channels: int, dropout: float, size: int) -> nn.Module:
-    """What works on feature maps of this size, (x, emb) -> x."""
+def stage(
+    channels: int, emb_channels: int, dropout: float, size: int, attend: bool = False
+) -> nn.Module:
+    """What works on feature maps of this size, (x, emb) -> x; with `attend` always by attention."""
     if size <= TRANSFORMER_MAX_SIZE:
         return TransformerBlock(channels, emb_channels, dropout)
-    kind = Attended if size <= ATTENTION_MAX_SIZE else ResBlock
+    kind = Attended if attend or size <= ATTENTION_MAX_SIZE else ResBlock
     return kind(channels, emb_channels, dropout)
 
 
@@ -112,7 +114,7 @@ class UNetEncoder(nn.Module):
                 self.widths.append(width)
             if i + 1 < len(channels):
                 self.layers.append(Downsample(width, channels[i + 1]))
-        self.middle = stage(channels[-1], emb, dropout, sizes[-1])
+        self.middle = stage(channels[-1], emb, dropout, sizes[-1], attend=True)
         self.widths.append(channels[-1])
 
     def forward(
