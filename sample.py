@@ -17,7 +17,7 @@ from fibldm.checkpoint import file_hash, load, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import SPLITS, LatentDataset, chunks
 from fibldm.panels import write_samples
-from fibldm.privacy import Privacy, Rows
+from fibldm.privacy import Privacy
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler
 from fibldm.training import (
@@ -33,7 +33,7 @@ from fibldm.training import (
 )
 from fibldm.unet import NO_LABEL, UNet
 from fibldm.vae import LATENT_SCALE, VAE
-from fibldm.validation import dice
+from fibldm.validation import dice, read_privacy
 
 GRID = 32  # samples in grid.png
 ATTEMPTS = 10  # draws of a sample with --drop_copies, the first included
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--label", nargs="+", metavar="NAME",
         help="class name for all samples (default: the data set's, or none); or weights of several "
-        "that sum to 1, for what lies between: none=0.4 severe=0.6",
+        "that sum to 1, for what lies between: normal=0.4 fibrosis=0.6",
     )  # fmt: skip
     source.add_argument(
         "--num_samples", type=positive,
@@ -212,10 +212,12 @@ def read_training(args: argparse.Namespace) -> Privacy | None:
         return None
     data = LatentDataset(args.drop_copies)
     data.lineage(args.vae_checkpoint)
-    train, held = data.indices("train"), data.indices("val", "test")
-    patients = [row.patient_id for row in data.rows]
-    privacy = Privacy(None, [patients[row] for row in train], Rows(data.latents, train))
-    privacy.calibrate(None, Rows(data.latents, held), [patients[row] for row in held])
+    privacy = read_privacy(data)
+    if privacy is None:
+        raise ValueError(
+            f"--drop_copies {args.drop_copies}: fewer than 2 held-out slices, expected more: they "
+            "tell how near is too near"
+        )
     if privacy.caution() and distributed.is_main():
         print(f"WARNING: --drop_copies {args.drop_copies}: {privacy.caution()}")
     return privacy

@@ -74,12 +74,7 @@ class Validation:
         self.real_dice = float(np.concatenate(distributed.gather(agreement)).mean())
         count = len(self.rows)
         self.other = {row: self.rows[(i + count // 2) % count] for i, row in enumerate(self.rows)}
-        train, held = data.indices("train"), data.indices("val", "test")
-        patients = [row.patient_id for row in data.rows]
-        self.privacy = None
-        if len(held) > 1:
-            self.privacy = Privacy(None, [patients[i] for i in train], Rows(data.latents, train))
-            self.privacy.calibrate(None, Rows(data.latents, held), [patients[i] for i in held])
+        self.privacy = read_privacy(data)
         if args.steps * args.batch_size < FEW_SLICES:
             run.warn(
                 [
@@ -112,7 +107,9 @@ class Validation:
                     "help; an earlier snapshot is kept as the best where there is one"
                 ]
             )
-        if step == self.args.steps and not run.progress["followed"]:
+        best = run.is_best(values["loss"], copies)
+        last = step == self.args.steps or 0 < self.args.patience <= run.progress["worse"]
+        if last and not run.progress["followed"]:
             run.warn(
                 [
                     f"after {step} steps the samples do not follow their contours: Dice "
@@ -120,7 +117,7 @@ class Validation:
                     "larger batches"
                 ]
             )
-        return run.is_best(values["loss"], copies)
+        return best
 
     @torch.no_grad()
     def loss(self, steer: Steer) -> dict[str, float]:
@@ -192,6 +189,17 @@ class Validation:
             "copies": float(everywhere[:, 0].mean()),
             "distance_to_training": float(np.median(everywhere[:, 1])) / max(usual, 1e-12),
         }
+
+
+def read_privacy(data: LatentDataset) -> Privacy | None:
+    """The training latents, with thresholds by the held-out ones; None where these are too few."""
+    train, held = data.indices("train"), data.indices("val", "test")
+    if len(held) < 2:
+        return None
+    patients = [row.patient_id for row in data.rows]
+    privacy = Privacy(None, [patients[i] for i in train], Rows(data.latents, train))
+    privacy.calibrate(None, Rows(data.latents, held), [patients[i] for i in held])
+    return privacy
 
 
 def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) -> np.ndarray:

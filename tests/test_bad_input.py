@@ -235,6 +235,17 @@ def test_overwrite_spares_what_is_no_latent_data_set(stages, phantoms, capsys, t
         (["--unconditional"], ["ControlNet needs contours"]),
         (["--latent_data_dir", "/nowhere"], ["/nowhere", "encode_dataset.py"]),
         (["--latent_data_dir", "LATENTS", "--label", "asthma"], ["asthma", "fibrosis"]),
+        (
+            ["--latent_data_dir", "LATENTS", "--label", "normal=1", "asthma=0"],
+            ["asthma=0", "normal"],
+        ),
+        (
+            ["--latent_data_dir", "LATENTS", "--label", "normal=x", "fibrosis=1"],
+            ["normal=x", "number"],
+        ),
+        (["--latent_data_dir", "LATENTS", "--label", "normal=0.4", "fibrosis=0.4"], ["sum to 0.8"]),
+        (["--latent_data_dir", "LATENTS", "--label", "normal=2", "fibrosis=-1"], ["at least 0"]),
+        (["--latent_data_dir", "LATENTS", "--label", "normal=nan"], ["sum to nan"]),
         (["--latent_data_dir", "LATENTS", "--steps", "2000"], ["2000", "1000"]),
         ([], ["--contours", "required"]),
     ],

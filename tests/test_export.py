@@ -1,5 +1,6 @@
 """Samples out of sample.py, in every format: HU, spacing, DICOM's marks, styles of contours."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -62,6 +63,25 @@ def drawn(stages, tmp_path_factory, without_weights) -> dict[str, Path]:
         name: draw(stages, folder / name, *more, "--format", name, "--label", "fibrosis")
         for name in ct.FORMATS
     }
+
+
+def test_weights_of_labels(stages, tmp_path):
+    """All of one class is that class; what lies between is neither; the table says what it is."""
+    asked = {
+        "fibrosis": ["fibrosis"],
+        "all": ["fibrosis=1"],
+        "between": ["normal=0.5", "fibrosis=0.5"],
+        "normal": ["normal"],
+    }
+    images, more = {}, ["--num_samples", "2", "--format", "npy", "--guidance_scale", "4"]
+    for name, words in asked.items():
+        folder = draw(stages, tmp_path / name, *more, "--label", *words)
+        images[name] = np.stack([np.load(path) for path in samples(folder)])
+        table = (folder / "samples.csv").read_text().splitlines()
+        assert [row["label"] for row in csv.DictReader(table)] == [" ".join(words)] * 2
+    np.testing.assert_allclose(images["all"], images["fibrosis"], atol=0.1)
+    assert np.abs(images["between"] - images["fibrosis"]).max() > 1
+    assert np.abs(images["between"] - images["normal"]).max() > 1
 
 
 def samples(folder: Path) -> list[Path]:

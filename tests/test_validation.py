@@ -23,7 +23,7 @@ class FakeRun:
 
     def __init__(self, folder) -> None:
         self.folder, self.lines, self.values = folder, [], {}
-        self.progress = {"followed": 0}
+        self.progress = {"followed": 0, "worse": 0}
         self.asked: list[tuple[float, bool]] = []
 
     def say(self, text: str) -> None:
@@ -60,6 +60,7 @@ def validate(stages, data, run):
 
     def make(**options: object) -> Validation:
         values = {"val_samples": 8, "val_sampling_steps": 4, "steps": 10, "batch_size": 2000}
+        values |= {"patience": 0}
         args = argparse.Namespace(**{**values, "max_copies": 0.02, **options})
         vae, _ = load_model(stages / "vae" / "vae_best.pth", VAE)
         return Validation(data, vae, SCHEDULER, args, Precision("fp32", CPU), run)
@@ -146,6 +147,9 @@ def test_control_that_was_not_learnt_is_warned_of_at_the_end(data, validate, run
     assert not run.lines
     validation.measure(knows_x0(data, validation.rows), run, 10)
     assert "after 10 steps the samples do not follow their contours: Dice 0.500" in run.lines[0]
+    run.progress["worse"], validation.args.patience = 3, 3
+    validation.measure(knows_x0(data, validation.rows), run, 7)
+    assert "after 7 steps" in run.lines[1]
 
 
 def test_too_few_slices_are_warned_of_before_the_start(validate, run):
