@@ -54,7 +54,6 @@ HINT = (16, 32, 96, 256, 256)  # widths of the peers' hint encoders: 256 -> 16 p
 WARMUP, WITHHELD, DROPOUT = 50, 0.1, 0.1
 EMA_DECAYS = (0.995, 0.98, 0.99, 0.998, 0.999)  # the first is sampled from
 LEVELS = 8  # timesteps of the held-out loss
-PER_CONTOUR = 4  # samples of each held-out contour
 PEER_STEPS = 50
 NAMES, FORMATS = ("ours", "diffusers", "monai"), ("contiguous", "channels_last")
 
@@ -189,6 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of measuring speed, in turn")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement of speed")
     sampling = parser.add_argument_group("sample and control (ours; the peers have their own)")
+    sampling.add_argument("--per_contour", type=int, default=4, help="samples a held-out contour")
     sampling.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m")
     sampling.add_argument("--steps", type=int, default=20)
     sampling.add_argument("--spacing", choices=SPACINGS, default="logsnr")
@@ -609,8 +609,8 @@ def measure_samples(args: argparse.Namespace) -> None:
     if inception is None:
         raise ValueError("no Inception weights: run scripts/fetch_metric_weights.py")
     real_seen = inception_features(inception, real, device)
-    contours = np.repeat(np.asarray(data.contours[held]), PER_CONTOUR, axis=0)
-    names = np.repeat(patients, PER_CONTOUR).tolist()
+    contours = np.repeat(np.asarray(data.contours[held]), args.per_contour, axis=0)
+    names = np.repeat(patients, args.per_contour).tolist()
     real_dice = float(dice(real[:, 0].numpy(), data.contours[held], data.window).mean())
     for arm in args.arms:
         start = clock(args)
@@ -638,7 +638,7 @@ def measure_samples(args: argparse.Namespace) -> None:
         with open(args.out / "samples.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         print(sample_line(row), flush=True)
-        shown = range(0, len(slices), PER_CONTOUR)[:16]
+        shown = range(0, len(slices), args.per_contour)[:16]
         title = f"grid_{arm}_{args.sampler}_{args.steps}_{args.spacing}_{args.guidance:g}.png"
         write_samples(args.out / title, slices[shown], contours[shown])
 
