@@ -46,7 +46,7 @@ from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
 from fibldm.training import Batches, Precision, item_noise, replace_text
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
-from fibldm.validation import dice
+from fibldm.validation import dice, read_privacy
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, CHANNELS, WIDTHS = 256, 16, 8, (128, 256, 512)
@@ -173,7 +173,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, help="the VAE that encoded it")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument(
-        "--arms", nargs="+", default=["ours", "diffusers", "monai"], choices=[*ARMS, *CONTROL_ARMS]
+        "--arms",
+        nargs="+",
+        default=["ours", "diffusers", "monai"],
+        choices=[*ARMS, *CONTROL_ARMS, "vae"],
     )
     parser.add_argument(
         "--minutes", type=float, default=20, help="of training an arm: core-minutes on a CPU"
@@ -581,18 +584,25 @@ def denoisers(arm: str, args: argparse.Namespace) -> Callable[[Tensor], Callable
 
 @torch.no_grad()
 def draw_samples(
-    arm: str, contours: np.ndarray, args: argparse.Namespace
+    arm: str, contours: np.ndarray, args: argparse.Namespace, real: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (N, C, h, w) and slices (N, H, W) in [-1, 1], one for each contour (N, 1, H, W)."""
+    """Latents (N, C, h, w) and slices (N, H, W) in [-1, 1], one for each contour (N, 1, H, W).
+
+    The arm "vae" draws none, but decodes the `real` latents (M, C, h, w): no U-Net can be better.
+    """
     device = torch.device(args.device)
     vae, _ = load_model(args.vae, VAE)
     vae.to(device)
-    make, precision = denoisers(arm, args), Precision(args.precision, device)
+    precision = Precision(args.precision, device)
+    make = None if arm == "vae" else denoisers(arm, args)
     latents, slices = [], []
     for items in chunks(range(len(contours)), 32):
         noise = item_noise(args.seed, "sample", 0, items, (CHANNELS, LATENT, LATENT)).to(device)
-        with precision.autocast():
-            z = make(torch.from_numpy(contours[items]).to(device))(noise).float()
+        if make is None:
+            z = torch.from_numpy(real[np.array(items) * len(real) // len(contours)]).to(device)
+        else:
+            with precision.autocast():
+                z = make(torch.from_numpy(contours[items]).to(device))(noise).float()
         grain = item_noise(args.seed, "grain", 0, items, (1, SIZE, SIZE)).to(device)
         latents.append(z.cpu().numpy())
         slices.append(vae.decode(z / LATENT_SCALE, grain).clamp(-1, 1)[:, 0].cpu().numpy())
@@ -611,10 +621,11 @@ def measure_samples(args: argparse.Namespace) -> None:
     real_seen = inception_features(inception, real, device)
     contours = np.repeat(np.asarray(data.contours[held]), args.per_contour, axis=0)
     names = np.repeat(patients, args.per_contour).tolist()
+    privacy = read_privacy(data)
     real_dice = float(dice(real[:, 0].numpy(), data.contours[held], data.window).mean())
     for arm in args.arms:
         start = clock(args)
-        latents, slices = draw_samples(arm, contours, args)
+        latents, slices = draw_samples(arm, contours, args, data.latents[held])
         seconds = clock(args) - start
         seen = inception_features(inception, torch.from_numpy(slices)[:, None], device)
         kid, fid = (
@@ -625,6 +636,7 @@ def measure_samples(args: argparse.Namespace) -> None:
             "fid", pooled(data.latents[held]), pooled(latents), patients, names, device, "", 200
         )
         agreement = dice(slices, contours, data.window)
+        matches = privacy.nearest(None, latents)
         grey_level = (slices.mean() + 1) / (float(real.mean()) + 1)
         row = {
             "arm": arm, "sampler": args.sampler if arm not in PEERS else "own ddim",
@@ -634,6 +646,7 @@ def measure_samples(args: argparse.Namespace) -> None:
             "latent_fd": [latent.value, latent.low, latent.high, latent.floor],
             "dice": float(agreement.mean()), "dice_of_real": real_dice,
             "brightness": float(grey_level),
+            "copies": float(np.mean([match.flagged for match in matches])),
         }  # fmt: skip
         with open(args.out / "samples.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -650,9 +663,8 @@ def pooled(latents: np.ndarray) -> Tensor:
 
 
 HEADER = (
-    "| arm | sampler | steps | spacing | guidance | KID (95 %) | latent FD | Dice | brightness |\n"
-    + "|---" * 9
-    + "|"
+    "| arm | sampler | steps | spacing | guidance | KID (95 %) | latent FD | Dice | brightness | "
+    "copies |\n" + "|---" * 10 + "|"
 )
 
 
@@ -663,7 +675,8 @@ def sample_line(row: dict) -> str:
     return (
         f"| {row['arm']} | {row['sampler']} | {row['steps']} | {row['spacing']} | "
         f"{row['guidance']:g}{interval} | {kid[0]:.3f} ({kid[1]:.3f} to {kid[2]:.3f}) | "
-        f"{latent[0]:.2f} | {row['dice']:.3f} | {row['brightness']:.3f} |"
+        f"{latent[0]:.2f} | {row['dice']:.3f} | {row['brightness']:.3f} | "
+        f"{row.get('copies', np.nan):.1%} |"
     )
 
 
