@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m", help="ddpm is random")
     sampling.add_argument("--steps", type=positive, default=20, help="evaluations of the denoiser")
     sampling.add_argument("--spacing", choices=SPACINGS, default="logsnr", help="of the timesteps")
-    sampling.add_argument("--guidance_scale", type=float, default=1.5, help="1: no guidance")
+    sampling.add_argument("--guidance_scale", type=float, default=2.0, help="1: no guidance")
     sampling.add_argument(
         "--guidance_interval", type=fraction, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
         help="noise levels t / T at which guidance acts",

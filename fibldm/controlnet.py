@@ -83,7 +83,10 @@ def steer(
     contour: Tensor | None = None,
     label: Tensor | None = None,
 ) -> Denoiser:
-    """The denoiser (x_t, t) -> v for contours (N, K, H, W) and labels (N,), each optional."""
+    """The denoiser (x_t, t) -> v for contours (N, K, H, W) and labels, each optional.
+
+    Labels are as UNet.forward has them: classes (N,), or their weights (N, num_classes).
+    """
     condition = hint = None
     if contour is not None:
         condition = contour_condition(contour, unet.config["latent_size"])

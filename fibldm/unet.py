@@ -246,7 +246,8 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (N, C, h, w), t (N,), contour (N, K + 1, h, w), label (N,) -> v (N, C, h, w), fp32.
 
-        `control`, from a ControlNet, holds what is added to each of the encoder's features.
+        Between classes label is (N, num_classes), weights that sum to 1. `control`, from a
+        ControlNet, holds what is added to each of the encoder's features.
         """
         features, emb = self.encoder(x, t, contour, label)
         if control is not None:
