@@ -379,6 +379,7 @@ def test_validation_logs_what_it_should(stages, without_weights):
         last = read_log(stages / stage)[-1]
         assert {"val/loss", "val/ssim", "val/dice", "val/n_real", "val/n_fake"} <= last.keys()
         assert sum(name.startswith("val/loss_t") for name in last) == 8
+        assert {"val/contour_gap", "val/copies", "val/distance_to_training"} <= last.keys()
         assert "val/fid" not in last and "val/lpips" not in last  # no weights: no number
         assert all(np.isfinite(value) for value in last.values())
 
@@ -438,6 +439,8 @@ def assert_same_state(a: Path, b: Path) -> None:
 def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     """Killed at step 7, after the save at step 5; the same command ends bit-identical."""
     script, more = SCRIPTS[stage], ["--steps", "12", "--save_interval", "5", "--val_interval", "4"]
+    if stage == "unet":
+        more += ["--dropout", "0.3"]
     run(script, options(stage, stages, phantoms, tmp_path / "whole", *more))
     killed = options(stage, stages, phantoms, tmp_path / "killed", *more)
     assert run_and_die(script, killed, step=7, number=signal.SIGKILL) == -signal.SIGKILL
