@@ -84,6 +84,14 @@ def test_weights_of_labels(stages, tmp_path):
     assert np.abs(images["between"] - images["normal"]).max() > 0.03
 
 
+def test_each_slice_is_asked_for_once_however_many_views_it_has(stages, tmp_path):
+    data = LatentDataset(stages / "latents")
+    slices = data.indices("train", views=False)
+    assert len(data.indices("train")) == 8 * len(slices)
+    folder = draw(stages, tmp_path / "train", "--split", "train", "--steps", "1")
+    assert len(samples(folder)) == len(slices)
+
+
 def samples(folder: Path) -> list[Path]:
     return sorted(folder.glob("sample_*"))
 
