@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fibldm.layers import Downsample
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 
@@ -135,6 +136,16 @@ def test_blocks_are_one_number_or_one_for_each_resolution():
     assert [count(b) for b in (2, [2], [2, 1], None)] == [[2, 2], [2, 2], [2, 1], [1, 3]]
     with pytest.raises(ValueError, match=r"--blocks 1 2 3: 3 numbers.*--channels has 2"):
         count([1, 2, 3])
+
+
+def test_small_maps_attend_and_the_smallest_do_nothing_else():
+    def kinds(unet: UNet) -> list[str]:
+        layers = [*unet.encoder.layers, unet.encoder.middle]
+        return [type(layer).__name__ for layer in layers if not isinstance(layer, Downsample)]
+
+    small = kinds(UNet(4, 16, channels=(8, 8, 8), blocks=1))
+    assert small == ["ResBlock", "Attended", "TransformerBlock", "TransformerBlock"]
+    assert kinds(UNet(4, 24, channels=(8, 8), blocks=1)) == ["ResBlock", "ResBlock", "Attended"]
 
 
 def test_dropout_acts_in_training_alone():
