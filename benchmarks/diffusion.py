@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from vae import MODELS, clock, peak_memory
 
 from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, steer
@@ -58,20 +61,11 @@ PEER_STEPS = 50
 NAMES, FORMATS = ("ours", "diffusers", "monai"), ("contiguous", "channels_last")
 
 
-class Peer(nn.Module):
-    """A peer's U-Net, with the contour among its input's channels, and its ControlNet."""
+class Diffusers(nn.Module):
+    """UNet2DModel; with a ControlNet UNet2DConditionModel and ControlNetModel.
 
-    def eps(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """x (N, C, h, w), t (N,), condition (N, 2, h, w) -> the noise, (N, C, h, w)."""
-        raise NotImplementedError
-
-    def controlled_eps(self, x: Tensor, t: Tensor, condition: Tensor, contour: Tensor) -> Tensor:
-        """The same, steered by contours (N, 1, H, W)."""
-        raise NotImplementedError
-
-
-class Diffusers(Peer):
-    """UNet2DModel; with a ControlNet UNet2DConditionModel and ControlNetModel."""
+    Each peer has the contour among its U-Net's input channels.
+    """
 
     def __init__(self, control: bool) -> None:
         super().__init__()
@@ -98,9 +92,11 @@ class Diffusers(Peer):
         self.unet.requires_grad_(False)
 
     def eps(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """x (N, C, h, w), t (N,), condition (N, 2, h, w) -> the noise, (N, C, h, w)."""
         return self.unet(torch.cat([x, condition], dim=1), t).sample
 
     def controlled_eps(self, x: Tensor, t: Tensor, condition: Tensor, contour: Tensor) -> Tensor:
+        """The same, steered by contours (N, 1, H, W)."""
         x = torch.cat([x, condition], dim=1)
         down, middle = self.control(x, t, None, contour, return_dict=False)
         return self.unet(
@@ -108,7 +104,7 @@ class Diffusers(Peer):
         ).sample
 
 
-class Monai(Peer):
+class Monai(nn.Module):
     """DiffusionModelUNet and ControlNet."""
 
     def __init__(self, control: bool) -> None:
@@ -138,7 +134,7 @@ class Monai(Peer):
         )
 
 
-class OursByEps(Peer):
+class OursByEps(nn.Module):
     """Our U-Net, trained and sampled as the peers are, with the cosine schedule."""
 
     def __init__(self, control: bool) -> None:
@@ -149,7 +145,7 @@ class OursByEps(Peer):
         return self.unet(x, t, condition)
 
 
-PEERS: dict[str, Callable[[bool], Peer]] = {
+PEERS: dict[str, Callable[[bool], nn.Module]] = {
     "diffusers": Diffusers,
     "monai": Monai,
     "ours_eps": OursByEps,
@@ -200,16 +196,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.what in ("train", "sample", "control", "load") and not (args.latents and args.vae):
         parser.error(f"{args.what}: give --latents FOLDER and --vae FILE")
+    if args.what == "encode" and not args.vae:
+        parser.error("encode: give --vae FILE")
     args.grad_accum = 1
     return args
-
-
-def clock(args: argparse.Namespace) -> float:
-    """Seconds: of all cores of this process on a CPU, of the wall on a GPU."""
-    if args.device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -308,8 +298,6 @@ def sample_call(name: str, control: bool, args: argparse.Namespace) -> Callable[
 
 def peer_decoder(name: str, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     """The decoder of the peer's AutoencoderKL, as benchmarks/vae.py has it."""
-    from vae import MODELS
-
     model = MODELS[name](CHANNELS).to(args.device)
     return lambda z: model.decode(z / LATENT_SCALE).float()
 
@@ -372,7 +360,7 @@ def measure_speed(args: argparse.Namespace) -> None:
     args.memory_format = FORMATS[0]
     for name in NAMES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            result["memory"][name] = pool.apply(peak_memory, (name, args))
+            result["memory"][name] = pool.apply(measure_memory, (name, args))
         result["parameters"][name] = [train_call(name, c, args).parameters for c in (False, True)]
     args.out.mkdir(parents=True, exist_ok=True)
     replace_text(args.out / f"speed_{args.precision}.json", json.dumps(result, indent=2))
@@ -391,7 +379,7 @@ def repeat(call: Callable[[], object], args: argparse.Namespace) -> float:
     return (time.perf_counter() - start) / count
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> float:
+def measure_memory(name: str, args: argparse.Namespace) -> float:
     """GiB at the peak of three training steps of the U-Net, above the process before."""
     torch.set_num_threads(args.threads)
     if args.device != "cpu":
@@ -400,16 +388,11 @@ def peak_memory(name: str, args: argparse.Namespace) -> float:
             call()
         return torch.cuda.max_memory_allocated() / 2**30
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-
-    def peak() -> float:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
-
-    before = peak()
+    before = peak_memory()
     call = train_call(name, False, args)
     for _ in range(3):
         call()
-    return peak() - before
+    return peak_memory() - before
 
 
 def speed_table(result: dict, args: argparse.Namespace) -> str:

@@ -72,6 +72,12 @@ class Views:
     max_shift: float = 0.0  # of the side, each way, by whole pixels
     max_scale: float = 0.0  # 0.05: from 0.95 to 1.05 times its size
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.max_shift <= 0.5 and 0 <= self.max_scale <= 0.5):
+            raise ValueError(
+                f"--max_shift {self.max_shift:g} --max_scale {self.max_scale:g}: expected 0 to 0.5"
+            )
+
     def of(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, and at their end the further views of those in the train split."""
         train = [row for row in rows if row.split == "train"]

@@ -342,7 +342,7 @@ class Run:
             steps, self.folder.name, self.args.steps, initial=self.first, disable=quiet
         ) as bar:
             for step in bar:
-                if self.args.patience and self.progress["worse"] >= self.args.patience:
+                if 0 < self.args.patience <= self.progress["worse"]:
                     self.say(
                         f"no better validation in {self.progress['worse']} (--patience "
                         f"{self.args.patience}): ended after step {self.progress['step']}"

@@ -579,6 +579,12 @@ def test_views_move_a_slice_and_its_contour_alike(tmp_path):
     assert 0.6 * 400 < min(sizes) < 400 < max(sizes) < 1.5 * 400
 
 
+def test_views_that_are_no_small_change_are_refused():
+    for shift, scale in ((0.6, 0.0), (0.1, 1.0), (-0.1, 0.0)):
+        with pytest.raises(ValueError, match=rf"--max_shift {shift:g} --max_scale {scale:g}"):
+            Views(2, shift, scale)
+
+
 def test_a_shifted_view_keeps_each_pixel():
     rng = np.random.default_rng(0)
     hu, contour = rng.normal(0, 100, (32, 32)), np.zeros((1, 32, 32), np.uint8)

@@ -405,9 +405,10 @@ def test_patience_ends_a_run_and_the_same_command_goes_no_further(tmp_path):
         run.close()
         assert run.progress["step"] == 10 and run.progress["best"] == 1.0
         assert model.weight.item() == 10
-    run, model = begin(tmp_path / "run", val_interval=2, patience=0, steps=20)
-    assert next(run.steps()) == 11  # without it the run goes on
-    run.close()
+    for never in 0, -1:
+        run, model = begin(tmp_path / "run", val_interval=2, patience=never, steps=20)
+        assert next(run.steps()) == 11
+        run.close()
 
 
 def test_parts_say_where_each_row_belongs():
