@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # Setup.
-    device = distributed.setup(args.device)
+    device = distributed.setup(args.device, args.timeout)
     precision = Precision(args.precision, device)
 
     # Model.

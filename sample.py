@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from tqdm import tqdm
 
 from fibldm import ct, distributed
-from fibldm.checkpoint import file_hash, load, load_model, require_equal
+from fibldm.checkpoint import file_hash, load, load_model, replace_text, require_equal
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import SPLITS, LatentDataset, chunks
+from fibldm.environment import environment
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy
+from fibldm.run import read_settings
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler
 from fibldm.training import (
@@ -28,7 +31,6 @@ from fibldm.training import (
     make_parser,
     positive,
     positive_float,
-    replace_text,
     run_script,
 )
 from fibldm.unet import NO_LABEL, UNet
@@ -37,6 +39,7 @@ from fibldm.validation import dice, read_privacy
 
 GRID = 32  # samples in grid.png
 ATTEMPTS = 10  # draws of a sample with --drop_copies, the first included
+FREE_OPTIONS = ("output_dir", "overwrite", "batch_size", "timeout")  # the samples are the same
 NEXT_SEED = 1_000_003  # from one attempt to the next: far from the seeds that people give
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
 
@@ -279,16 +282,11 @@ def load_models(args: argparse.Namespace) -> tuple[VAE, UNet, ControlNet | None,
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     # Setup.
-    device = distributed.setup(args.device)
+    device = distributed.setup(args.device, args.timeout)
     precision = Precision(args.precision, device)
     output = Path(args.output_dir)
-    if (output / "samples.csv").exists() and not args.overwrite:
-        raise ValueError(f"{output} holds samples already; use --overwrite or another --output_dir")
-    if (output / "dataset.json").exists() and not (output / "samples.csv").exists():
-        raise ValueError(f"{output} holds a dataset.json of other images; use another --output_dir")
     if args.unconditional and args.controlnet_checkpoint is not None:
         raise ValueError("--unconditional: a ControlNet needs contours; leave it out")
-    distributed.barrier()
 
     # Models and contours.
     vae, unet, controlnet, vae_content, unet_content = load_models(args)
@@ -299,6 +297,15 @@ def main(args: argparse.Namespace) -> None:
     request = read_requests(args, unet, unet_content, size)
     privacy = read_training(args)
     run = identity(args, request)
+    settings = {name: v for name, v in vars(args).items() if name not in FREE_OPTIONS}
+    settings |= {"samples_of": run, "environment": environment()}
+    settings = json.loads(json.dumps(settings))
+    begun = require_place(output, settings, args.overwrite)
+    distributed.barrier()  # no rank writes before all have looked
+    if begun and (output / "samples.csv").exists():
+        if distributed.is_main():
+            print(f"{output} holds these samples already; nothing to draw")
+        return
     known_spacing = args.pixel_spacing or unet_content.get("pixel_spacing")
     spacing = known_spacing or 1.0
     count = args.num_samples or (16 if args.unconditional else len(request.names))
@@ -344,17 +351,26 @@ def main(args: argparse.Namespace) -> None:
         matches = privacy.nearest(None, latents.cpu().numpy())
         return [str(privacy.patients[m.row]) if m.flagged else None for m in matches]
 
-    # Sample: each rank its part, of which the first go into the grid.
+    # Sample: each rank its part, but what is there since an earlier start.
+    facts = ct.png_facts(window, known_spacing)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        remove_samples(output)
+        if not begun:
+            remove_samples(output)
+        replace_text(output / "args.json", json.dumps(settings, indent=2) + "\n")
+        if args.format == "png":
+            ct.write_facts(output, facts)
     distributed.barrier()
     files = [f"sample_{i:05d}{ct.SUFFIXES[args.format]}" for i in range(count)]
-    mine, shown, agreement, copies = distributed.share(count), [], [], []
+    mine, copies = distributed.share(count), []
     attempts: dict[int, int] = {}
+    if begun and privacy is None:
+        attempts = {i: 0 for i in mine if (output / files[i]).is_file()}
+        if attempts and distributed.is_main():
+            print(f"{output}: begun before; going on")
     quiet = None if distributed.is_main() else True
-    with tqdm(total=len(mine), desc="sampling", disable=quiet, unit="slice") as bar:
-        for items in chunks(mine, args.batch_size):
+    with tqdm(total=len(mine), initial=len(attempts), desc="sampling", disable=quiet) as bar:
+        for items in chunks([i for i in mine if i not in attempts], args.batch_size):
             kept, copied = draw_no_copies(items, args.seed, draw, find_copied)
             copies += copied
             for i, (image, attempt) in sorted(kept.items()):
@@ -364,12 +380,16 @@ def main(args: argparse.Namespace) -> None:
                 path = output / files[i]
                 ct.write_slice(path, image, window, args.format, spacing, run, i, comment)
                 attempts[i] = attempt
-                if len(shown) < GRID:
-                    shown.append((i, image))
-                if request.contours is not None:
-                    contour = request.contours[[sources[i]]]
-                    agreement += dice(image[None], contour, window).tolist()
             bar.update(len(items))
+
+    # How they look, and how well the lungs follow the contours, from the files.
+    shown, agreement = [], []
+    for i in sorted(attempts):
+        image = ct.hu_to_unit(ct.read_hu(output / files[i], facts.rescale, window), window)
+        if len(shown) < GRID:
+            shown.append((i, image))
+        if request.contours is not None:
+            agreement += dice(image[None], request.contours[[sources[i]]], window).tolist()
     shown = [pair for part in distributed.gather(shown) for pair in part][:GRID]
     agreement = [value for part in distributed.gather(agreement) for value in part]
     copies = [pair for part in distributed.gather(copies) for pair in part]
@@ -383,7 +403,7 @@ def main(args: argparse.Namespace) -> None:
             "more patients, for fewer steps, or a smaller model"
         )
 
-    # The table, the grid, and how well the lungs follow the contours.
+    # The grid, and the table, which tells that all is there.
     checkpoints = [args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint or ""]
     header = ["file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet"]
     rows = []
@@ -391,12 +411,10 @@ def main(args: argparse.Namespace) -> None:
         name, label = request.names[sources[i]], request.labels[sources[i]]
         seed = seed_of(args.seed, attempt)
         rows.append([files[i], name, label, seed, attempt, *checkpoints])
-    if args.format == "png":
-        ct.write_facts(output, ct.png_facts(window, known_spacing))
-    write_table(output / "samples.csv", [header, *rows])
     at = [sources[i] for i, _ in shown]
     contours = None if request.contours is None else request.contours[at]
     write_samples(output / "grid.png", np.stack([image for _, image in shown]), contours)
+    write_table(output / "samples.csv", [header, *rows])
     print(f"{output}: {len(rows)} samples ({args.format}), samples.csv, grid.png")
     if privacy is not None:
         report_copies(copies, [files[i] for i in range(count) if i not in attempts])
@@ -425,15 +443,35 @@ def report_copies(copies: list[tuple[int, str]], left_out: list[str]) -> None:
         )
 
 
+def require_place(output: Path, settings: dict, overwrite: bool) -> bool:
+    """Whether these very samples were begun in the folder; ValueError where others are there."""
+    file, table = output / "args.json", output / "samples.csv"
+    before = read_settings(file) if file.is_file() else {}
+    if before and "samples_of" not in before:
+        raise ValueError(f"{output} holds a run of another script; use another --output_dir")
+    if not before and not table.exists() and (output / "dataset.json").exists():
+        raise ValueError(f"{output} holds a dataset.json of other images; use another --output_dir")
+    asked, found = (s | {"environment": None} for s in (settings, before))
+    if overwrite or not (before or table.exists()):
+        return False
+    if asked != found:
+        raise ValueError(
+            f"{output} holds other samples already; use --overwrite or another --output_dir"
+        )
+    environments = [s["environment"] | {"command": None} for s in (settings, before)]
+    return table.exists() or environments[0] == environments[1]
+
+
 def remove_samples(output: Path) -> None:
-    """Remove what an earlier samples.csv lists and its dataset.json, so that no runs are mixed."""
-    table = output / "samples.csv"
-    if table.is_file():
-        with open(table, newline="") as file:
-            names = [row["file"] for row in csv.DictReader(file)]
-        for name in [*names, "dataset.json"]:
-            (output / Path(name).name).unlink(missing_ok=True)
-        table.unlink()
+    """Remove what an earlier run wrote, so that no runs are mixed."""
+    if not any((output / name).exists() for name in ("args.json", "samples.csv")):
+        return
+    (output / "samples.csv").unlink(missing_ok=True)
+    for suffix in ct.SUFFIXES.values():
+        for path in output.glob(f"sample_{'[0-9]' * 5}*{suffix}"):
+            path.unlink()
+    for name in "dataset.json", "args.json":
+        (output / name).unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: list[list]) -> None:

@@ -1,23 +1,26 @@
 """Train the ControlNet that steers a trained U-Net by contours, into controlnet_best.pth."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fibldm import distributed
-from fibldm.checkpoint import file_hash, load_model, require_equal, save_model
+from fibldm.checkpoint import file_hash, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import LatentDataset, Views, encode_csv, training_batches
 from fibldm.ema import EMA
-from fibldm.scheduler import CosineScheduler, diffusion_loss
+from fibldm.run import Run
+from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.training import (
     Batches,
     Precision,
-    Run,
     add_machine_options,
     add_training_options,
     add_view_options,
+    clip_gradients,
     fraction,
     make_parser,
     optimizer_step,
@@ -72,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # Setup.
-    device = distributed.setup(args.device)
+    device = distributed.setup(args.device, args.timeout)
     precision = Precision(args.precision, device)
     run = Run(args, device)
     vae, vae_content = load_model(args.vae_checkpoint, VAE)
@@ -128,7 +131,6 @@ def main(args: argparse.Namespace) -> None:
     model = distributed.wrap(controlnet, device)
     train_rows = data.indices("train")
     batches = Batches(train_rows, args, progress["step"])
-    order = training_batches(data, batches, "control", 2, device)
     validation = Validation(data, vae, scheduler, args, precision, run)
     run.say(
         f"{len(train_rows)} latents of {len(data.indices('train', views=False))} slices to train "
@@ -137,17 +139,8 @@ def main(args: argparse.Namespace) -> None:
         f"{device}, {precision.name}, {distributed.world_size()} process(es)"
     )
 
-    def validate_and_keep_best(step: int) -> None:
-        best = validation.measure(lambda c, y: steer(unet, ema.model, c, y), run, step)
-        if best and distributed.is_main():
-            facts = {"window": list(data.window), "step": step}
-            save_model(run.folder / "controlnet_best.pth", ema.model, lineage, **facts)
-        run.end_validation(step)
-
-    # Train.
-    if run.validation_pending():
-        validate_and_keep_best(progress["step"])
-    for step in run.steps():
+    def train_step(step: int, order: Iterator[tuple[Tensor, ...]]) -> None:
+        """Loss, backward pass and optimizer step on this rank's parts of the batch."""
         for part in range(args.grad_accum):
             # Timestep, noise and withheld labels of each item.
             x0, contour, label, noise, draws = next(order)
@@ -164,13 +157,39 @@ def main(args: argparse.Namespace) -> None:
             with distributed.sync_gradients(model, part + 1 == args.grad_accum):
                 with precision.autocast():
                     loss = diffusion_loss(denoiser, scheduler, x0, t, noise).mean()
+                run.average(loss=loss)
                 scaler.scale(loss / args.grad_accum).backward()
-            run.average(loss=loss)
 
         # Step.
-        run.average(grad_norm=optimizer_step(optimizer, scaler, step, args))
+        if run.is_sound(step, clip_gradients(optimizer, scaler, args)):
+            optimizer_step(optimizer, scaler, step, args)
+            ema.update(controlnet)
         scaler.update()
-        ema.update(controlnet)
+        optimizer.zero_grad(set_to_none=True)
+
+    def averaged(contours: Tensor, labels: Tensor) -> Denoiser:
+        return steer(unet, ema.model, contours, labels)
+
+    def batches_in_order() -> Iterator[tuple[Tensor, ...]]:
+        return training_batches(data, batches, "control", 2, device)
+
+    def validate_and_keep_best(step: int) -> None:
+        if validation.measure(averaged, run, step):
+            facts = {"window": list(data.window), "step": step}
+            run.save_best("controlnet_best.pth", ema.model, **facts)
+        run.end_validation(step)
+
+    def rehearse(step: int, folder: Path) -> None:
+        train_step(step, batches_in_order())
+        validation.rehearse(averaged, folder)
+
+    # Train.
+    run.preflight(rehearse)
+    if run.validation_pending():
+        validate_and_keep_best(progress["step"])
+    order = batches_in_order()
+    for step in run.steps(batches):
+        train_step(step, order)
 
         # Log and save, sample and validate.
         if run.end_step(step):

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from fibldm.losses import structural_loss, view_at
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.muon import Muon
 from fibldm.panels import write_reconstructions
+from fibldm.run import Run
 from fibldm.training import (
     Batches,
     Precision,
-    Run,
     add_machine_options,
     add_training_options,
+    clip_gradients,
+    count,
     fraction,
     item_noise,
     item_uniform,
@@ -71,6 +73,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--max_shift", type=int, help="pixels that slices are moved by at random in training, at "
         "most; 0: none; by default what one latent covers, --image_size / --latent_size",
+    )  # fmt: skip
+    data.add_argument(
+        "--max_bad_images", type=count, default=0,
+        help="slices that may turn out to be unreadable; others take their places",
     )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--image_size", type=positive, default=256, help="slices are resized to it")
@@ -115,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # Setup.
-    device = distributed.setup(args.device)
+    device = distributed.setup(args.device, args.timeout)
     precision = Precision(args.precision, device)
     have_lpips = all(distributed.gather(not missing_weights(["lpips"])))
     args.perceptual = choose_perceptual(args.perceptual, have_lpips)
@@ -123,13 +129,16 @@ def main(args: argparse.Namespace) -> None:
     split = Split(args.split_seed, args.val_fraction, args.test_fraction)
     rows, notes = read_table(args.csv_file, args.img_dir, split)
     folder = Path(args.csv_file).parent
-    data = CTDataset(rows, args.img_dir, folder, args.image_size, tuple(args.window))
+    data = CTDataset(
+        rows, args.img_dir, folder, args.image_size, tuple(args.window),
+        max_bad=args.max_bad_images,
+    )  # fmt: skip
     train_rows, val_rows = data.indices("train"), data.indices("val")
     for note in notes + data.notes():
         run.say(note)
-    data.check()
+    _, bad_rows = data.check()
     looked_at = [train_rows[i] for i in evenly(len(train_rows), LOOKED_AT)]
-    run.warn(input_warnings({rows[i].image: data.read_pair(i)[0] for i in looked_at}))
+    run.warn(input_warnings({rows[i].image: data.read_or_replace(i)[0] for i in looked_at}))
 
     # Model.
     torch.manual_seed(args.seed)
@@ -145,14 +154,15 @@ def main(args: argparse.Namespace) -> None:
     parts = {"vae": vae, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     lpips = load_lpips(device) if have_lpips else None
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
-    progress = run.resume("train_vae", parts, lineage)
+    unchecked = ["files"] if bad_rows else []  # their sizes are not what they were
+    progress = run.resume("train_vae", parts, lineage, unchecked)
     if args.compile:
         vae.compile()
     model = distributed.wrap(vae, device)
 
     # Data.
-    batches = Batches(train_rows, args, progress["step"])
-    loader = iter(load_batches(data, batches, args.num_workers))
+    batches = Batches(train_rows, args, progress["step"], progress["bad_images"])
+    run.leave_out_images(batches, bad_rows)
     latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
     run.say(
         f"{len(train_rows)} slices to train on, {len(val_rows)} held out for validation; "
@@ -168,32 +178,13 @@ def main(args: argparse.Namespace) -> None:
         recon, x = (view_at(v, offsets, PERCEPTUAL_MARGIN) for v in (recon, x))
         return loss + args.perceptual_weight * perceptual(recon, x)
 
-    def validate_and_keep_best(step: int) -> None:
-        values, heldout, noise_std = validate(
-            ema.model, data, val_rows, reconstruction_loss, lpips, run, step
-        )
-        run.warn(latent_warnings(heldout[1], noise_std))
-        run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
-        best = copy.deepcopy(ema.model) if run.is_best(values["loss"]) else None
-        if best is not None:
-            trained = measure_latents(best, data, train_rows, args, device)
-            values |= heldout_latents(trained, heldout)
-        run.log(step, values, "val")
-        if best is not None:
-            best.calibrate(*trained)
-            if distributed.is_main():
-                facts = {"window": args.window, "split": asdict(split), "step": step}
-                checkpoint.save_model(run.folder / "vae_best.pth", best, run.lineage, **facts)
-        run.end_validation(step)
-
-    # Train.
-    if run.validation_pending():
-        validate_and_keep_best(progress["step"])
-    for step in run.steps():
+    def train_step(step: int, order: Iterator[dict[str, Tensor]]) -> None:
+        """Loss, backward pass and optimizer step on this rank's parts of the batch."""
         for part in range(args.grad_accum):
-            positions = batches.positions(part)
+            positions, batch = batches.positions(part), next(order)
+            run.suspect(batch["unreadable"])
             uniform = item_uniform(args.seed, "shift", step, positions, 6)
-            x = shift_slices(next(loader)["image"], uniform[:, :2], args.max_shift)
+            x = shift_slices(batch["image"], uniform[:, :2], args.max_shift)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
 
@@ -206,13 +197,49 @@ def main(args: argparse.Namespace) -> None:
                     rec = reconstruction_loss(slices.mean, recon, x, uniform[:, 2:4]).mean()
                     kl, texture = posterior.kl(), grain_loss(*slices, x)
                     loss = rec + args.kl_weight * kl + texture
+                run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)
                 scaler.scale(loss / args.grad_accum).backward()
-            run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)
 
         # Step.
-        run.average(grad_norm=optimizer_step(optimizer, scaler, step, args))
+        if run.is_sound(step, clip_gradients(optimizer, scaler, args)):
+            optimizer_step(optimizer, scaler, step, args)
+            ema.update(vae)
         scaler.update()
-        ema.update(vae)
+        optimizer.zero_grad(set_to_none=True)
+
+    def validate_on(held: list[int], path: Path) -> tuple:
+        return validate(ema.model, data, held, reconstruction_loss, lpips, device, path)
+
+    def validate_and_keep_best(step: int) -> None:
+        path = run.folder / "samples" / f"step_{step:07d}.png"
+        values, heldout, noise_std = validate_on(val_rows, path)
+        run.picture(step, path)
+        run.warn(latent_warnings(heldout[1], noise_std))
+        run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
+        best = copy.deepcopy(ema.model) if run.is_best(values["loss"]) else None
+        if best is not None:
+            trained = measure_latents(best, data, train_rows, args, device)
+            values |= heldout_latents(trained, heldout)
+        run.log(step, values, "val")
+        if best is not None:
+            best.calibrate(*trained)
+            facts = {"window": args.window, "split": asdict(split), "step": step}
+            run.save_best("vae_best.pth", best, **facts)
+        run.end_validation(step)
+
+    def rehearse(step: int, folder: Path) -> None:
+        train_step(step, iter(load_batches(data, batches, args.num_workers)))
+        few = val_rows[: BATCH * distributed.world_size()]
+        validate_on(few, folder / "panel.png")
+        measure_latents(ema.model, data, few, args, device)
+
+    # Train.
+    run.preflight(rehearse)
+    if run.validation_pending():
+        validate_and_keep_best(progress["step"])
+    order = iter(load_batches(data, batches, args.num_workers))
+    for step in run.steps(batches):
+        train_step(step, order)
 
         # Log and save, reconstruct and validate.
         if run.end_step(step):
@@ -261,8 +288,8 @@ def validate(
     rows: list[int],
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     lpips: nn.Module | None,
-    run: Run,
-    step: int,
+    device: torch.device,
+    panel: Path,
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor], Tensor]:
     """Reconstruct the held-out slices, shared over ranks, and write the panel.
 
@@ -270,10 +297,10 @@ def validate(
     """
     mine = [rows[i] for i in distributed.share(len(rows))]
     totals: dict[str, float] = {}
-    sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=run.device)
+    sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=device)
     parts = chunks(mine, BATCH)
     for part, batch in zip(parts, load_batches(data, parts, 0), strict=True):
-        x = batch["image"].to(run.device)
+        x = batch["image"].to(device)
         posterior = vae.encode(x)
         offsets = item_uniform(0, "val", 0, part, 2)  # each slice's own, always the same
         slices = vae.likelihood(posterior.mean)
@@ -293,10 +320,8 @@ def validate(
     values = {name: sum(part.get(name, 0.0) for part in parts) / len(rows) for name in names}
     if distributed.is_main():
         x = torch.stack([data[row]["image"] for row in rows[:PANEL]])
-        recon = reconstruct(vae, x.to(run.device)).cpu()
-        path = run.folder / "samples" / f"step_{step:07d}.png"
-        write_reconstructions(path, x[:, 0].numpy(), recon[:, 0].numpy())
-        run.picture(step, "reconstructions", path)
+        recon = reconstruct(vae, x.to(device)).cpu()
+        write_reconstructions(panel, x[:, 0].numpy(), recon[:, 0].numpy())
     count = len(rows) * vae.config["latent_size"] ** 2
     sums = distributed.sum_over_ranks(sums)
     return values, moments(sums[:2], count), (sums[2] / count).sqrt().float()

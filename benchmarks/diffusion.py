@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from vae import MODELS, clock, peak_memory
 
-from fibldm.checkpoint import load_model, save, save_model
+from fibldm.checkpoint import load_model, replace_text, save, save_model
 from fibldm.controlnet import ControlNet, steer
 from fibldm.datasets import (
     CTDataset,
@@ -46,7 +46,7 @@ from fibldm.metrics import set_score
 from fibldm.panels import write_samples
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import Batches, Precision, item_noise, replace_text
+from fibldm.training import Batches, Precision, item_noise
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
 from fibldm.validation import dice, read_privacy

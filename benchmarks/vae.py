@@ -49,7 +49,7 @@ from fibldm.metrics import load_lpips
 from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
-from fibldm.training import Batches, Precision, item_noise, item_uniform, replace_text
+from fibldm.training import Batches, Precision, item_noise, item_uniform
 from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
 
 HERE = Path(__file__).resolve().parent
@@ -361,7 +361,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         }
     file = args.out / f"speed_{args.precision}.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    replace_text(file, json.dumps(before | result, indent=2))
+    checkpoint.replace_text(file, json.dumps(before | result, indent=2))
     print(speed_table(args))
 
 
@@ -483,7 +483,7 @@ def train_model(name: str, args: argparse.Namespace) -> None:
             row = {"images": images, "minutes": seconds / 60, "loss": loss}
             row |= measure(recon, held, lungs, lpips)
             rows.append(row)
-            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            checkpoint.replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
             np.save(args.out / f"{title}_panel.npy", recon[picked(len(held))].numpy())
             made = reconstruct(ema.model, phantoms(), precision, device)
             np.save(args.out / f"{title}_phantoms.npy", made.numpy())

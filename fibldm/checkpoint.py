@@ -5,11 +5,15 @@
 
 import hashlib
 import os
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import nn
+
+from fibldm.environment import environment
 
 VERSION = 1
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,14 +26,41 @@ class Stateful(Protocol):
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write plain types and tensors to a temporary file beside `path`, flush it, rename it."""
-    path = Path(path)
+    """Write plain types and tensors to a temporary file beside `path`, flush it, rename it.
+
+    Equal content gives equal bytes, whether or not a part of it was loaded from a file before.
+    """
+    _replace(Path(path), lambda file: torch.save(_plain(content), file))
+
+
+def _plain(value: Any) -> Any:
+    """The same content, each string one object: a pickle tells equal strings of two apart."""
+    if isinstance(value, dict):
+        return {_plain(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(part) for part in value)
+    return sys.intern(value) if type(value) is str else value
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    _replace(path, lambda file: file.write(text.encode()))
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's own, after a write that failed
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:  # a full disk needs the room
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -80,6 +111,7 @@ def save_model(path: str | Path, model: nn.Module, lineage: dict[str, str], **fa
     needs besides weights (HU window, split, class names).
     """
     content = {"version": VERSION, "kind": model.kind, "config": model.config, "lineage": lineage}
+    content["environment"] = environment()
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     save(path, {**content, **facts, "state": state})
 
@@ -113,14 +145,24 @@ def save_training(
     """Write a training's whole state: each part's state_dict, lineage, and plain progress."""
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"version": VERSION, "kind": kind, "lineage": lineage, "states": states}
+    content["environment"] = environment()
     save(path, {**content, **progress})
 
 
-def load_training(path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict) -> dict:
-    """Restore each part from what `save_training` wrote; return the file's content."""
+def load_training(
+    path: str | Path,
+    kind: str,
+    parts: dict[str, Stateful],
+    lineage: dict,
+    unchecked: Collection[str] = (),
+) -> dict:
+    """Restore each part from what `save_training` wrote; return the file's content.
+
+    What differs in the lineage is refused, but for the names in `unchecked`.
+    """
     content = load(path, kind)
     before = content.get("lineage", {})
-    for name in {**lineage, **before}:
+    for name in {**lineage, **before}.keys() - set(unchecked):
         require_equal(
             f"{path}: the SHA-256 of its {name}",
             before.get(name),

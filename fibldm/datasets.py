@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,13 +23,16 @@ from tqdm import tqdm
 
 from fibldm import ct, distributed
 from fibldm.checkpoint import file_hash, require_equal, sync_folder
-from fibldm.training import Batches, item_generator, item_noise, item_uniform
+from fibldm.environment import environment
+from fibldm.training import Batches, item_generator, item_noise, item_uniform, next_row
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
 Item = TypeVar("Item")
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
+NOTHING = -1  # where fewer rows are unreadable
+SHARED_MEMORY = "/dev/shm"
 MEASURED = 512  # contours at most, evenly spaced, whose style is measured
 
 
@@ -243,6 +247,8 @@ class CTDataset(Dataset):
 
     The contour is uint8, 0 or 1. Images of another size are padded to a square and resized. The
     first `slices` rows are the table's, those after them further `views` of training slices.
+    A file that cannot be read is a ValueError; where `max_bad` is above 0, the next slice of the
+    same split takes its place, and "unreadable" (rows,) says for which rows it did.
     """
 
     def __init__(
@@ -254,9 +260,10 @@ class CTDataset(Dataset):
         window: ct.Window = ct.DEFAULT_WINDOW,
         contour_channels: int = 1,
         views: Views = Views(),
+        max_bad: int = 0,
     ) -> None:
         self.rows, self.root, self.image_size = views.of(rows), Path(root), image_size
-        self.slices, self.views = len(rows), views
+        self.slices, self.views, self.max_bad = len(rows), views, max_bad
         self.window, self.contour_channels = window, contour_channels
         self.facts = ct.read_facts(Path(rescale_folder))
         if self.facts.rescale is None:
@@ -278,8 +285,25 @@ class CTDataset(Dataset):
             )
         return hu, contour
 
+    def read_or_replace(self, row: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """`read_pair` of a row, or of the next one of its split that can be read; and the rows
+        that can't.
+        """
+        unreadable, place = [], row
+        while True:
+            try:
+                return *self.read_pair(place), unreadable
+            except ValueError:
+                unreadable.append(place)
+                if len(unreadable) > self.max_bad:
+                    raise
+            alike = self.indices(self.rows[row].split)
+            if len(unreadable) == len(alike):
+                raise ValueError(f"none of the {self.rows[row].split} slices can be read")
+            place = next_row(place, alike, unreadable)
+
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        hu, contour = self.read_pair(row)
+        hu, contour, unreadable = self.read_or_replace(row)
         hu = ct.fit_square(hu, self.image_size, ct.AIR)
         contour = ct.fit_contour(contour, self.image_size)
         hu, contour = self.views.move(hu, contour, self.rows[row])
@@ -288,6 +312,7 @@ class CTDataset(Dataset):
             "image": torch.from_numpy(image)[None],
             "contour": torch.from_numpy(contour),
             "row": torch.tensor(row),
+            "unreadable": torch.tensor((unreadable + [NOTHING] * self.max_bad)[: self.max_bad]),
         }
 
     def indices(self, *splits: str) -> list[int]:
@@ -322,10 +347,10 @@ class CTDataset(Dataset):
             )
         return notes
 
-    def check(self) -> set[tuple[int, int]]:
-        """Decode every file, shared over the ranks; return their sizes (H, W).
+    def check(self) -> tuple[set[tuple[int, int]], list[int]]:
+        """Decode every file, shared over the ranks; return their sizes (H, W) and the bad rows.
 
-        Raises ValueError with a list of the bad ones.
+        Raises ValueError with a list of the bad ones where they are more than `max_bad`.
         """
 
         def problem_or_size(row: int) -> str | tuple[int, int]:
@@ -340,14 +365,15 @@ class CTDataset(Dataset):
             looked_at = pool.map(problem_or_size, mine)
             found = list(tqdm(looked_at, "checking files", len(mine), disable=quiet))
         everywhere = [result for part in distributed.gather(found) for result in part]
-        problems = [result for result in everywhere if isinstance(result, str)]
-        if problems:
+        bad = [row for row, result in enumerate(everywhere) if isinstance(result, str)]
+        if len(bad) > self.max_bad:
+            problems = [everywhere[row] for row in bad]
             short = [text.replace(f"; {ct.SCALE_REMEDY}", "") for text in problems]
             remedy = "" if short == problems else f"\n{ct.SCALE_REMEDY}"
             raise ValueError(
                 f"{len(problems)} of {self.slices} rows are bad:{list_some(short)}{remedy}"
             )
-        return set(everywhere)
+        return {result for result in everywhere if not isinstance(result, str)}, bad
 
     def fitted_spacing(self, sizes: set[tuple[int, int]]) -> float | None:
         """mm of a pixel of the resized slices; None where unknown or where sizes differ."""
@@ -375,9 +401,39 @@ def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
 
 
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
-    """Batches of a dataset in the order given; `workers` processes decode ahead of their use."""
+    """Batches of a dataset in the order given; `workers` processes decode ahead of their use.
+
+    They hand them over in shared memory. Where there is none, or too little, this process decodes,
+    and says so; what is decoded is the same.
+    """
+    if workers:
+        size = getattr(batches, "size", None) or max(map(len, batches), default=0)
+        item = sum(value.nbytes for value in dataset[0].values())
+        problem = shared_memory_problem(2 * workers * size * item)  # each has two batches under way
+        if problem:
+            workers = 0
+            if distributed.is_main():
+                print(f"WARNING: no processes decode images (--num_workers 0): {problem}")
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals
+    )
+
+
+def shared_memory_problem(needed: int) -> str | None:
+    """Why `needed` bytes can't go from one process to another in shared memory; None: they can."""
+    try:
+        multiprocessing.get_context().Lock()
+        torch.zeros(1).share_memory_()
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"there is no shared memory: {str(error).splitlines()[0]}"
+    if not os.path.isdir(SHARED_MEMORY):
+        return None
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free >= needed:
+        return None
+    return (
+        f"{free / 2**20:.0f} MiB are free in {SHARED_MEMORY}, the batches under way need "
+        f"{needed / 2**20:.0f}; give it more (docker run --shm-size), or lower --num_workers"
     )
 
 
@@ -391,7 +447,7 @@ def load_slices(
 
 def ignore_signals(worker: int) -> None:
     """In a decoding process: the main process decides when to stop, after it has saved."""
-    for number in signal.SIGINT, signal.SIGTERM:
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -547,7 +603,7 @@ def write_latents(
     """
     notes = []
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     held = dataset.indices("val", "test")
     count, size = len(dataset), dataset.image_size
     latent = (vae.config["latent_dim"], vae.config["latent_size"], vae.config["latent_size"])
@@ -563,7 +619,8 @@ def write_latents(
 
     # The main process lays the files out, each rank fills its rows.
     if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in partial, old:
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         for name in shapes:
             open_array(name, "w+").flush()
@@ -616,6 +673,7 @@ def write_latents(
             "contour_style": style,
             "latents_sha256": file_hash(partial / "latents.npy"),
             "contours_sha256": file_hash(partial / "contours.npy"),
+            "environment": environment(),
             **facts,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -623,9 +681,10 @@ def write_latents(
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(partial, folder)
         sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return notes
 
@@ -716,6 +775,6 @@ def encode_csv(
             f"{remedy}, or the same --contour_channels",
         )
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
-    sizes = dataset.check()  # also a barrier: no rank sees what another is about to write
+    sizes, _ = dataset.check()  # also a barrier: no rank sees what another is about to write
     facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)

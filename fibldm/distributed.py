@@ -9,13 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fibldm.heartbeat import Heartbeat
 
-def setup(device: str = "auto") -> torch.device:
+_heartbeat: Heartbeat | None = None
+
+
+def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
     """Join the process group that torchrun announces, if any; return this rank's device.
 
     `device` is "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:N" without torchrun.
+    Where a process of several makes no progress for `timeout` minutes, it is named and all end.
     Raises ValueError when a GPU is asked for and absent.
     """
+    global _heartbeat
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -43,9 +49,11 @@ def setup(device: str = "auto") -> torch.device:
         gpu = device.startswith("cuda")
         dist.init_process_group(
             "nccl" if gpu else "gloo",
-            timeout=timedelta(minutes=30),
+            timeout=timedelta(minutes=2 * timeout + 1),  # the heartbeat knows more: it goes first
             device_id=torch.device(device) if gpu else None,
         )
+        if world_size() > 1:
+            _heartbeat = Heartbeat(rank(), world_size(), 60 * timeout)
     return torch.device(device)
 
 
@@ -78,8 +86,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def mark() -> None:
+    """Note that this rank has come as far as the next place where all wait for each other."""
+    if _heartbeat is not None:
+        _heartbeat.marks += 1
+
+
 def barrier() -> None:
     if dist.is_initialized():
+        mark()
         dist.barrier()
 
 
@@ -92,6 +107,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     value = value.detach().clone()
+    mark()
     dist.all_reduce(value)
     return value
 
@@ -108,6 +124,7 @@ def gather(value: object) -> list:
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
+    mark()
     dist.all_gather_object(values, value)
     return values
 
@@ -124,6 +141,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    mark()
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 

@@ -1,32 +1,21 @@
-"""What all training scripts share: options, precision, seeding, batches in order, the run's log."""
+"""What all stages share: options, precision, seeding, batches in order, how a script ends."""
 
 import argparse
 import contextlib
-import json
+import copy
 import os
-import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from fibldm import distributed
-from fibldm.checkpoint import Stateful, load_training, save_training
 
-# Options that may differ when a run is resumed: they change how, not what, is computed; inputs
-# may move, since what they hold is compared with the run's lineage.
-FREE_OPTIONS = {
-    *("steps", "device", "compile", "grad_accum", "num_workers"),
-    *("log_interval", "save_interval", "patience", "csv_file", "csv_path", "img_dir", "data_path"),
-    *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
-}
+STOPPED = 75  # exit code of a run that stopped early with all saved: the same command goes on
+GIB = 2**30
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -51,6 +40,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}; expected at least 0")
+    return value
+
+
 def positive_float(text: str) -> float:
     """An argparse type: a number above 0."""
     value = float(text)
@@ -67,6 +64,23 @@ def fraction(text: str) -> float:
     return value
 
 
+def duration(text: str) -> float:
+    """An argparse type: seconds of Slurm's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        days = int(days) if dash else 0
+    except ValueError:
+        parts = []
+    scales = {1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)} if dash else {
+        1: (60,), 2: (60, 1), 3: (3600, 60, 1),
+    }  # fmt: skip
+    seconds = sum(n * s for n, s in zip(parts, scales.get(len(parts), ()), strict=False))
+    if len(parts) not in scales or min(parts) < 0 or days < 0 or days * 86400 + seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected minutes, H:MM:SS or D-HH:MM:SS")
+    return days * 86400.0 + seconds
+
+
 def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     """Options of every stage that say where and how it computes."""
     group = parser.add_argument_group("machine")
@@ -81,6 +95,10 @@ def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -
         group.add_argument(
             "--num_workers", type=int, default=2, help="processes that decode images"
         )
+    group.add_argument(
+        "--timeout", type=positive_float, default=30.0,
+        help="minutes without progress after which several processes end, and name who hangs",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
 
 
@@ -123,6 +141,23 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> 
     group.add_argument(
         "--patience", type=int, default=0,
         help="validations in a row without a new best after which training ends; 0: never",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_last", type=positive, default=1,
+        help="checkpoints of the whole state: last.pth, and the ones before it as step_*.pth",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_bad_steps", type=positive, default=10,
+        help="steps in a row whose loss or gradient is not finite, after which the run ends; fewer "
+        "are skipped",
+    )  # fmt: skip
+    group.add_argument(
+        "--time_limit", type=duration, metavar="TIME",
+        help="save and stop after it, with exit code 75: minutes, H:MM:SS or D-HH:MM:SS",
+    )  # fmt: skip
+    group.add_argument(
+        "--no_preflight", action="store_true",
+        help="begin without a trial of one step, one validation and one save at full size",
     )  # fmt: skip
     parser.set_defaults(**defaults)
 
@@ -192,17 +227,31 @@ def part_size(args: argparse.Namespace) -> int:
     return args.batch_size // parts
 
 
+def next_row(row: int, rows: Sequence[int], left_out: Collection[int]) -> int:
+    """The first of `rows` after `row`, going round, that is not left out."""
+    place = rows.index(row)
+    return next(r for r in (*rows[place + 1 :], *rows[:place]) if r not in left_out)
+
+
 class Batches:
     """This rank's parts of the global batches of steps start + 1 to steps, in order.
 
     The data are shuffled in each epoch by (seed, epoch). Position p of step s's batch of B slices
     is item (s - 1) * B + p of the stream of epochs, whatever the number of processes.
     Iterating gives lists of rows, `grad_accum` of them a step: the order a DataLoader takes;
-    `parts` gives their step and their positions too.
+    `parts` gives their step and their positions too. Where a row is left out, the next one in the
+    order of `rows` that is not takes its places.
     """
 
-    def __init__(self, rows: Sequence[int], args: argparse.Namespace, start: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        args: argparse.Namespace,
+        start: int,
+        left_out: Sequence[int] = (),
+    ) -> None:
         self.rows, self.args, self.start = np.asarray(rows), args, start
+        self.left_out = set(left_out)
         self.size = part_size(args)
         self.first = distributed.rank() * self.size * args.grad_accum
         self._epoch, self._order = -1, self.rows
@@ -213,7 +262,20 @@ class Batches:
         if epoch != self._epoch:
             order = item_generator(self.args.seed, "order", epoch, 0).permutation(len(self.rows))
             self._epoch, self._order = epoch, self.rows[order]
-        return int(self._order[place])
+        row = int(self._order[place])
+        return row if row not in self.left_out else next_row(row, self.rows.tolist(), self.left_out)
+
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """Take no more of these rows; ValueError where none would be left."""
+        self.left_out |= set(rows)
+        if self.left_out >= set(self.rows.tolist()):
+            raise ValueError("none of the slices to train on can be read")
+
+    def rows_of(self, step: int) -> list[int]:
+        """All rows of a step's batch, over all ranks, in the order of their positions."""
+        mine = copy.copy(self)  # a thread may be taking rows from this one
+        size = self.args.batch_size
+        return [mine.row((step - 1) * size + position) for position in range(size)]
 
     def positions(self, part: int) -> range:
         """Positions in the global batch of one of this rank's parts (0 to grad_accum - 1)."""
@@ -233,253 +295,18 @@ class Batches:
         return (self.args.steps - self.start) * self.args.grad_accum
 
 
-class Run:
-    """A run's folder and its progress: args.json, metrics.jsonl, tensorboard/, last.pth.
-
-    SIGINT and SIGTERM are noted, and after the step under way the run is saved and left. While
-    all is on disk, as in a validation, they end the process at once; a second one always does.
-    Raises ValueError where the folder holds a run with other settings.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device, self.folder = args, device, Path(args.save_dir)
-        self.last, self.log_file = self.folder / "last.pth", self.folder / "metrics.jsonl"
-        self.writer: SummaryWriter | None = None
-        self.bar: tqdm | None = None
-        self.signal, self.saved = 0, True  # nothing is lost before the first step
-        self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.started = self.left = time.monotonic()
-
-        part_size(args)
-
-        # The settings must be those of the run that is here, if one has come to a checkpoint.
-        file = self.folder / "args.json"
-        self.settings = json.loads(json.dumps(vars(args)))
-        trained = any(self.folder.glob("*.pth"))
-        if file.is_file() and trained:
-            try:
-                before = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
-            names = sorted((before.keys() | self.settings.keys()) - FREE_OPTIONS)
-            changed = [
-                f"--{name} was {before.get(name)}, is {self.settings.get(name)}"
-                for name in names
-                if before.get(name) != self.settings.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.folder} holds a run with other settings: {'; '.join(changed)}. "
-                    "Give the same to resume it, or another --save_dir"
-                )
-        elif trained:
-            raise ValueError(
-                f"{self.folder} holds checkpoints but no args.json; use another folder"
-            )
-        distributed.barrier()  # no rank writes before all have looked
-
-    def resume(self, kind: str, parts: dict[str, Stateful], lineage: dict[str, str]) -> dict:
-        """Restore `parts` from last.pth, if it is there, and open the folder for writing.
-
-        Returns the run's progress: the last step taken, the best validation loss, whether its
-        snapshot copies, how many validations were worse since, the last step that was validated,
-        and the first at which samples followed their contours (0: not yet).
-        """
-        self.kind, self.parts, self.lineage = kind, parts, lineage
-        self.progress = {"step": 0, "best": float("inf"), "copies": True, "worse": 0}
-        self.progress |= {"validated": 0, "followed": 0}
-        if self.last.is_file():
-            content = load_training(self.last, kind, parts, lineage)
-            self.progress = {name: content[name] for name in self.progress}
-        elif any(self.folder.glob("*_best.pth")):
-            raise ValueError(
-                f"{self.last}: no such file, but {self.folder} holds a trained run; put it back, "
-                "or use another --save_dir"
-            )
-        found = distributed.gather(self.progress["step"])
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"{self.last}: the processes found it at steps {found}, expected the same; "
-                "--save_dir must be on a file system that all nodes share"
-            )
-        step = self.progress["step"]
-        if step > self.args.steps:
-            raise ValueError(f"{self.last} is at step {step}, beyond --steps {self.args.steps}")
-
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self._on_signal)
-        if distributed.is_main():
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
-            rows = self.log_file.read_text().splitlines() if self.log_file.is_file() else []
-            kept = [row for row in rows if _step_of(row, self.progress["validated"]) <= step]
-            replace_text(self.log_file, "".join(f"{row}\n" for row in kept))
-            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
-        if step:
-            self.say(f"{self.folder}: going on after step {step} of {self.args.steps}")
-        return self.progress
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.saved or self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
-
-    def validation_pending(self) -> bool:
-        """Whether the run was left between a step and the validation that is due after it."""
-        step = self.progress["step"]
-        return self._validation_due(step) and self.progress["validated"] < step
-
-    def _validation_due(self, step: int) -> bool:
-        return step > 0 and (step % self.args.val_interval == 0 or step == self.args.steps)
-
-    def steps(self) -> Iterator[int]:
-        """The steps that are left, from 1 to --steps, with a progress bar."""
-        self.first, self.started = self.progress["step"], time.monotonic()
-        steps = range(self.first + 1, self.args.steps + 1)
-        quiet = None if distributed.is_main() else True
-        with tqdm(
-            steps, self.folder.name, self.args.steps, initial=self.first, disable=quiet
-        ) as bar:
-            for step in bar:
-                if 0 < self.args.patience <= self.progress["worse"]:
-                    self.say(
-                        f"no better validation in {self.progress['worse']} (--patience "
-                        f"{self.args.patience}): ended after step {self.progress['step']}"
-                    )
-                    return
-                self.saved = False
-                yield step
-
-    def end_step(self, step: int) -> bool:
-        """Log and save where that is due; leave after a signal; whether a validation is due.
-
-        All is on disk when a validation begins.
-        """
-        self.progress["step"] = step
-        stop = distributed.any_rank(self.signal != 0, self.device)
-        last, validate = step == self.args.steps, self._validation_due(step)
-        save = stop or validate or step % self.args.save_interval == 0
-        if save or last or step % self.args.log_interval == 0:
-            speed = (step - self.first) * self.args.batch_size / (time.monotonic() - self.started)
-            self.log(step, {**self._pop_averages(), "images_per_s": speed}, "train")
-        if save:
-            self.save()
-        self.left = time.monotonic()
-        if stop or (self.signal and self.saved):
-            self.say(f"stopped after step {step}, all saved; the same command goes on from here")
-            self.close()
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
-        return validate
-
-    def is_best(self, loss: float, copies: bool = False) -> bool:
-        """Whether a validation loss is the lowest so far; remembers it.
-
-        A snapshot whose samples are copies of patients is never better than one that has none.
-        """
-        best = np.isfinite(loss) and (copies, loss) < (
-            self.progress["copies"],
-            self.progress["best"],
-        )
-        if best:
-            self.progress |= {"best": loss, "copies": copies, "worse": 0}
-        else:
-            self.progress["worse"] += 1
-        return best
-
-    def end_validation(self, step: int) -> None:
-        """Note that the validation after this step is done."""
-        self.progress["validated"] = step
-        self.save()
-        self.started += time.monotonic() - self.left  # images_per_s is of training alone
-
-    def save(self) -> None:
-        """Write last.pth."""
-        if distributed.is_main():
-            save_training(self.last, self.kind, self.parts, self.lineage, **self.progress)
-        self.saved = True
-
-    def average(self, **values: Tensor) -> None:
-        """Take in scalars for the next log line's means, without waiting for the device."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.totals[name] = self.totals.get(name, torch.zeros_like(value)) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def _pop_averages(self) -> dict[str, float]:
-        means = {n: float(distributed.mean(v)) / self.counts[n] for n, v in self.totals.items()}
-        self.totals, self.counts = {}, {}
-        scaler = self.parts.get("scaler")  # fp16's keeps such gradients from the weights
-        may_skip = scaler is not None and scaler.is_enabled()
-        wrong = [
-            name
-            for name, value in means.items()
-            if not np.isfinite(value) and not (may_skip and name == "grad_norm")
-        ]
-        if wrong:
-            raise ValueError(
-                f"training diverged: {', '.join(wrong)} not finite at a log line; nothing was "
-                "saved since. Lower --lr, or use --precision fp32 or bf16, in another --save_dir"
-            )
-        return means
-
-    def log(self, step: int, values: dict[str, float], prefix: str) -> None:
-        """One row of metrics.jsonl, TensorBoard scalars, one line on the terminal."""
-        if self.writer is None:
-            return
-        row = {"step": step, **{f"{prefix}/{name}": float(v) for name, v in values.items()}}
-        with open(self.log_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{prefix}/{name}", float(value), step)
-        shown = {name: value for name, value in values.items() if not name.startswith("loss_t")}
-        line = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
-        self.say(f"step {step}/{self.args.steps}  {prefix}: {line}")
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a PNG that was written to samples/ in TensorBoard too."""
-        if self.writer is not None:
-            self.writer.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
-
-    def say(self, text: str) -> None:
-        """Print a line, once for all ranks, beside the progress bar."""
-        if distributed.is_main():
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def warn(self, warnings: Sequence[str]) -> None:
-        """Print what goes wrong, with its remedy, a line each."""
-        for warning in warnings:
-            self.say(f"WARNING: {warning}")
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _step_of(row: str, validated: int) -> float:
-    """The step of a log row; inf if a kill tore it, or came before its validation was noted."""
-    try:
-        values = json.loads(row)
-        undone = values["step"] > validated and any(name.startswith("val/") for name in values)
-        return float("inf") if undone else values["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up to --lr, then constant: a run can go on without changing its past."""
     return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, args: argparse.Namespace
+) -> Tensor:
+    """Clip the gradients to --grad_clip; return their norm before it, not finite where one is."""
+    scaler.unscale_(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
 
 
 def optimizer_step(
@@ -487,32 +314,59 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     step: int,
     args: argparse.Namespace,
-) -> Tensor:
-    """Clip, step at this step's learning rate, clear; return the norm before clipping."""
+) -> None:
+    """Step along the clipped gradients at this step's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    scaler.unscale_(optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
     scaler.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def run_script(main, parse_args) -> None:
-    """Run a script; a user's mistake (ValueError) ends it with one message and exit code 2.
+    """Run a script; a user's mistake or a machine's limit ends it with one message and code 2.
 
-    With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too.
+    With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too. A run that stopped early
+    ends with code 75, but for workers that torchrun would then restart: they end with 0.
     """
     args, code = parse_args(), 0
     try:
         main(args)
     except SystemExit as stop:  # after a signal
-        code = stop.code
-    except ValueError as error:
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        code = 0 if stop.code == STOPPED and restarts else stop.code
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = out_of_memory(error, args)
+        if isinstance(error, RuntimeError) and message is None:
+            raise
         if os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {error}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {message or error}\n")
         code = 2
     distributed.leave(code)
+
+
+def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to lower, with numbers, where an error is of memory; None where it is another."""
+    first = str(error).split("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        free, total = (n / GIB for n in torch.cuda.mem_get_info())
+        peak = torch.cuda.max_memory_allocated() / GIB
+        what = f"out of GPU memory: {total:.1f} GiB, of which this process used up to {peak:.1f} "
+        what += f"and {free:.1f} are free. {first}"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in first:
+        what = f"out of memory: {first}"
+    else:
+        return None
+    size, parts = getattr(args, "batch_size", None), getattr(args, "grad_accum", None)
+    if size is None:
+        return what
+    if parts is None:
+        return f"{what}\nLower --batch_size ({size} slices at once)"
+    at_once = size // distributed.world_size() // parts
+    if at_once > 1:
+        return (
+            f"{what}\nRaise --grad_accum from {parts} to {2 * parts}: {at_once // 2} slices at "
+            f"once instead of {at_once}, the same result; or lower --batch_size ({size}, over "
+            f"{distributed.world_size()} processes)"
+        )
+    return f"{what}\nOnly one slice is computed at once: lower the widths of the network"

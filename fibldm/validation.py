@@ -1,6 +1,7 @@
 """What the two diffusion stages measure from the EMA while they train, on held-out patients."""
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from fibldm.lungs import lung_mask
 from fibldm.metrics import RealismMetrics, contour_dice
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy, Rows
+from fibldm.run import Run
 from fibldm.samplers import dpmpp_2m
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import Precision, Run, fraction, item_noise, positive
+from fibldm.training import Precision, fraction, item_noise, positive
 from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
@@ -89,7 +91,7 @@ class Validation:
         path = run.folder / "samples" / f"step_{step:07d}.png"
         values = {**self.loss(steer), **self.samples(steer, path)}
         run.log(step, values, "val")
-        run.picture(step, "samples", path)
+        run.picture(step, path)
         wanted = FOLLOWED * self.real_dice
         if values["dice"] >= wanted and not run.progress["followed"]:
             run.progress["followed"] = step
@@ -118,6 +120,13 @@ class Validation:
                 ]
             )
         return best
+
+    def rehearse(self, steer: Steer, folder: Path) -> None:
+        """The first batch of all that `measure` does, logged and remembered nowhere."""
+        trial = copy.copy(self)
+        trial.mine = self.mine[:BATCH]
+        trial.loss(steer)
+        trial.samples(steer, folder / "samples.png")
 
     @torch.no_grad()
     def loss(self, steer: Steer) -> dict[str, float]:

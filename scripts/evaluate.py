@@ -30,7 +30,7 @@ from fibldm.chapters import (
     privacy_section,
     realism_section,
 )
-from fibldm.checkpoint import file_hash, load_model, require_equal
+from fibldm.checkpoint import file_hash, load_model, replace_text, require_equal
 from fibldm.datasets import SPLITS, CTDataset, Row, Split, parse_table
 from fibldm.evaluation import Copies, Measured, Reader, Workers, batches, spread, stack
 from fibldm.features import use_weights
@@ -38,7 +38,7 @@ from fibldm.metrics import Realism, control_scores
 from fibldm.report import Picture, Section, png_bytes, write_report
 from fibldm.samples import describe_file, read_samples
 from fibldm.scores import Score
-from fibldm.training import fraction, make_parser, positive, replace_text, run_script
+from fibldm.training import fraction, make_parser, positive, run_script
 from fibldm.vae import VAE
 
 SHOWN = 12  # samples in the report

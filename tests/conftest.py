@@ -1,7 +1,9 @@
 """Data and tiny trained stages that several test files share."""
 
+import argparse
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Options that make a run small and quick; each stage adds its own.
 QUICK = ["--device", "cpu", "--batch_size", "4", "--num_workers", "0", "--warmup_steps", "2"]
+QUICK += ["--no_preflight"]
 TINY_VAE = ["--image_size", "32", "--latent_size", "8", "--latent_dim", "4"]
 TINY_VAE += ["--base_channels", "16", "--blocks", "1", "--val_fraction", "0.3"]
 TINY_UNET = ["--channels", "8", "16", "--blocks", "1"]
 TINY_VALIDATION = ["--val_samples", "4", "--val_sampling_steps", "2"]
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--chaos", choices=("quick", "full"), default="quick", help="how many faults are tried"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +67,15 @@ def phantoms(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantoms")
     write_dataset(folder, patients=12, slices_per_patient=2, size=32)
     return folder
+
+
+def training_options(**changed: object) -> argparse.Namespace:
+    """What a training script gives to a run, without data."""
+    values = {"batch_size": 8, "grad_accum": 1, "seed": 0, "steps": 10, "time_limit": None}
+    values |= {"save_interval": 100, "val_interval": 100, "log_interval": 1, "keep_last": 1}
+    values |= {"lr": 0.1, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9, "patience": 0}
+    values |= {"max_bad_steps": 3, "max_bad_images": 0, "no_preflight": False}
+    return argparse.Namespace(**{**values, **changed})
 
 
 def vae_options(data: Path, save_dir: Path, *more: str) -> list[str]:
@@ -101,3 +119,37 @@ def stages(tmp_path_factory, phantoms) -> Path:
         ):
             script.main(script.parse_args(arguments))
     return folder
+
+
+# Faults: how many are tried, and what came of them.
+
+TRIED, SURVIVED = Counter(), Counter()
+
+
+@pytest.fixture
+def full(request) -> bool:
+    return request.config.getoption("--chaos") == "full"
+
+
+@pytest.fixture
+def tally():
+    """tally(fault) before it is tried, and the function that it returns when it was survived."""
+
+    def tried(fault: str):
+        TRIED[fault] += 1
+
+        def survived() -> None:
+            SURVIVED[fault] += 1
+
+        return survived
+
+    return tried
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not TRIED:
+        return
+    terminalreporter.write_line("\n| fault | tried | survived | lost |\n|---|---|---|---|")
+    for fault, count in TRIED.items():
+        lost = count - SURVIVED[fault]
+        terminalreporter.write_line(f"| {fault} | {count} | {SURVIVED[fault]} | {lost} |")

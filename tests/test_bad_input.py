@@ -261,7 +261,39 @@ def test_samples_are_not_overwritten_unasked(stages, tmp_path, capsys):
     options = sample_options(stages, tmp_path / "out", "--latent_data_dir", stages / "latents")
     options += ["--num_samples", "1"]
     sample.main(sample.parse_args([str(o) for o in options]))
-    assert "--overwrite" in error_of(sample, options, capsys)
+    assert "--overwrite" in error_of(sample, [*options, "--seed", "1"], capsys)
+    before = (tmp_path / "out" / "sample_00000.png").read_bytes()
+    sample.main(sample.parse_args([str(o) for o in options]))  # the same command finds them
+    assert "holds these samples already" in capsys.readouterr().out
+    sample.main(sample.parse_args([str(o) for o in [*options, "--seed", "1", "--overwrite"]]))
+    assert (tmp_path / "out" / "sample_00000.png").read_bytes() != before
+
+
+def test_the_folder_of_a_run_is_no_place_for_samples(stages, tmp_path, capsys):
+    shutil.copytree(stages / "unet", tmp_path / "unet")
+    options = sample_options(stages, tmp_path / "unet", "--latent_data_dir", stages / "latents")
+    assert "a run of another script" in error_of(sample, [*options, "--overwrite"], capsys)
+    assert (tmp_path / "unet" / "unet_best.pth").is_file()
+
+
+@pytest.mark.parametrize("script", [train_vae, encode_dataset, sample])
+def test_a_folder_that_cannot_be_written_is_one_message(script, stages, phantoms, tmp_path):
+    """/proc refuses even an administrator, as a read-only file system does."""
+    place = "/proc/fibldm"
+    options = {
+        train_vae: lambda: vae_options(phantoms, place),
+        encode_dataset: lambda: [
+            *("--csv_file", phantoms / "label.csv", "--img_dir", phantoms, "--output_dir", place),
+            *("--vae_checkpoint", stages / "vae" / "vae_best.pth", "--device", "cpu"),
+        ],
+        sample: lambda: sample_options(stages, place, "--latent_data_dir", stages / "latents"),
+    }[script]()
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert place in errors[0] or "/proc/" in errors[0]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

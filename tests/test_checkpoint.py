@@ -15,6 +15,7 @@ from fibldm.checkpoint import (
     load,
     load_model,
     load_training,
+    replace_text,
     save,
     save_model,
     save_training,
@@ -90,6 +91,14 @@ def test_the_same_content_has_the_same_bytes(tmp_path):
     hashes = [file_hash(tmp_path / name) for name in ("a.pth", "other_name.pth", "c.pth")]
     assert hashes[0] == hashes[1] != hashes[2]
     assert len(hashes[0]) == 64
+
+
+def test_loaded_content_is_written_with_the_same_bytes_again(tmp_path):
+    """Its strings are other objects, and those that were one object may be two."""
+    content = {**CONTENT, "states": {"names": "vae", "weights": {"kind": ("vae", [0.5])}}}
+    save(tmp_path / "a.pth", content)
+    save(tmp_path / "b.pth", load(tmp_path / "a.pth", "vae") | {"kind": "".join("vae")})
+    assert file_hash(tmp_path / "a.pth") == file_hash(tmp_path / "b.pth")
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -249,3 +258,16 @@ def test_other_parts_or_shapes_are_refused(tmp_path):
         load_training(path, "train_x", {**parts, "model": nn.Linear(4, 2)}, {})
     with pytest.raises(ValueError, match=r"last\.pth.*train_y"):
         load_training(path, "train_y", parts, {})
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "args.json"
+    replace_text(path, "old")
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(path, "new")
+    assert path.read_text() == "old"

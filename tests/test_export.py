@@ -100,7 +100,13 @@ def samples(folder: Path) -> list[Path]:
 def test_what_is_read_back_is_what_was_sampled_to_1_hu(file_format, drawn, stages, monkeypatch):
     """Sampled: what the VAE decodes to, caught before it is written."""
     sampled = {}
-    monkeypatch.setattr(ct, "write_slice", lambda path, image, *_: sampled.update({path: image}))
+    write_slice = ct.write_slice
+
+    def watched(path, image, *rest):
+        sampled[path] = image
+        write_slice(path, image, *rest)
+
+    monkeypatch.setattr(ct, "write_slice", watched)
     folder = drawn[file_format].parent / f"{file_format}_again"
     more = ["--num_samples", "5", "--batch_size", "2", "--format", file_format]
     draw(stages, folder, *more, "--label", "fibrosis")
@@ -127,7 +133,7 @@ def test_another_format_leaves_no_scale_of_the_last(stages, tmp_path):
     folder = draw(stages, tmp_path / "out", "--num_samples", "2", "--format", "png")
     assert (folder / "dataset.json").is_file()
     draw(stages, folder, "--num_samples", "1", "--format", "npy", "--overwrite")
-    names = ["grid.png", "sample_00000.npy", "samples.csv"]
+    names = ["args.json", "grid.png", "sample_00000.npy", "samples.csv"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 

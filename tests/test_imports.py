@@ -23,8 +23,11 @@ MAY_IMPORT = {
     "ema": set(),
     "muon": set(),
     "losses": set(),
-    "distributed": set(),
-    "checkpoint": {"distributed"},
+    "environment": set(),
+    "heartbeat": set(),
+    "distributed": {"heartbeat"},
+    "checkpoint": {"environment"},
+    "journal": {"checkpoint"},
     "ct": {"dicom", "nifti"},
     "nifti": set(),
     "arrays": {"ct", "nifti"},
@@ -48,7 +51,8 @@ MAY_IMPORT = {
         *("ct", "disease", "evaluation", "metrics", "panels", "plots", "privacy", "report"),
         "scores",
     },
-    "training": {"distributed", "checkpoint"},
+    "training": {"distributed"},
+    "run": {"checkpoint", "distributed", "environment", "journal", "training"},
 }
 
 

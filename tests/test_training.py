@@ -1,37 +1,32 @@
-"""Data order and noise whatever the number of processes, and the run's folder on resume."""
+"""Data order and noise whatever the number of processes; a step; how a script ends."""
 
 import argparse
-import json
-import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import training_options as options
 from scipy import stats
 from torch import nn
 
-from fibldm import distributed, training
+from fibldm import distributed
 from fibldm.training import (
-    FREE_OPTIONS,
+    STOPPED,
     Batches,
     Precision,
-    Run,
+    clip_gradients,
+    duration,
     item_noise,
     item_uniform,
     learning_rate,
     optimizer_step,
+    out_of_memory,
+    run_script,
     seed_dropout,
 )
 
 CPU = torch.device("cpu")
 ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
-
-
-def options(**changed) -> argparse.Namespace:
-    values = {"batch_size": 8, "grad_accum": 1, "seed": 0, "steps": 10}
-    values |= {"save_interval": 100, "val_interval": 100, "log_interval": 1}
-    values |= {"lr": 0.1, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9, "patience": 0}
-    return argparse.Namespace(**{**values, **changed})
 
 
 # Batches.
@@ -167,16 +162,16 @@ def test_warm_up_is_linear_and_then_constant():
     assert learning_rate(1, options(lr=0.2, warmup_steps=0)) == 0.2
 
 
-def test_a_step_clips_moves_and_clears():
+def test_a_step_clips_and_moves():
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight], lr=99.0)
     scaler = Precision("fp32", CPU).scaler()
     (0.5 * weight.square().sum() * 10).backward()  # gradient (30, 40), norm 50
-    norm = optimizer_step(optimizer, scaler, 1, options(lr=0.5, warmup_steps=5, grad_clip=1.0))
-    assert float(norm) == pytest.approx(50.0)
+    args = options(lr=0.5, warmup_steps=5, grad_clip=1.0)
+    assert float(clip_gradients(optimizer, scaler, args)) == pytest.approx(50.0)
+    optimizer_step(optimizer, scaler, 1, args)
     expected = torch.tensor([3 - 0.1 * 0.6, 4 - 0.1 * 0.8])
     torch.testing.assert_close(weight.detach(), expected)
-    assert weight.grad is None
 
 
 @pytest.mark.parametrize(
@@ -187,228 +182,6 @@ def test_precision_on_a_cpu(name, dtype):
     with precision.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     assert not precision.scaler().is_enabled()
-
-
-# The run's folder.
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run takes over SIGINT and SIGTERM: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def begin(folder, **changed) -> tuple[Run, nn.Module]:
-    """A run of a tiny model, resumed if it is there; weights count the steps."""
-    run = Run(options(save_dir=str(folder), **changed), CPU)
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    run.resume("train_x", {"model": model}, {"label_csv": "a" * 64})
-    return run, model
-
-
-def train(run: Run, model: nn.Module, until: int = 10**9) -> None:
-    for step in run.steps():
-        if step > until:
-            break
-        with torch.no_grad():
-            model.weight += 1
-        run.average(loss=torch.tensor(float(step)))
-        if run.end_step(step):
-            run.end_validation(step)
-    run.close()
-
-
-def logged(folder) -> list[int]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
-def test_a_run_writes_its_folder_and_resumes(tmp_path):
-    folder = tmp_path / "deep" / "run"
-    run, model = begin(folder, steps=6, save_interval=3)
-    train(run, model, until=5)
-    assert json.loads((folder / "args.json").read_text())["batch_size"] == 8
-    assert (folder / "last.pth").is_file() and (folder / "samples").is_dir()
-    assert any((folder / "tensorboard").iterdir())
-    assert logged(folder) == [1, 2, 3, 4, 5]
-
-    run, model = begin(folder, steps=6, save_interval=3)
-    assert run.progress["step"] == 3 and model.weight.item() == 3
-    assert logged(folder) == [1, 2, 3]
-    train(run, model)
-    assert logged(folder) == [1, 2, 3, 4, 5, 6]
-    assert model.weight.item() == 6
-
-
-def test_a_finished_run_has_nothing_left_and_can_be_prolonged(tmp_path):
-    train(*begin(tmp_path / "run", steps=4))
-    run, model = begin(tmp_path / "run", steps=4)
-    assert list(run.steps()) == [] and model.weight.item() == 4
-    run.close()
-    train(*begin(tmp_path / "run", steps=6))
-    assert logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match=r"last\.pth is at step 6, beyond --steps 5"):
-        begin(tmp_path / "run", steps=5)
-
-
-@pytest.mark.parametrize("torn", ['{"step": 4, "train/lo', '{"step"', "null", "\x00\x00", "4"])
-def test_a_torn_last_line_of_the_log_is_dropped(tmp_path, torn):
-    run, model = begin(tmp_path / "run", save_interval=3)
-    train(run, model, until=3)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write(torn)
-    run, model = begin(tmp_path / "run", save_interval=3)
-    train(run, model, until=4)
-    assert logged(tmp_path / "run") == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "now"), [("lr", 0.1, 0.2), ("batch_size", 8, 16), ("seed", 0, 1)]
-)
-def test_other_settings_are_refused_with_both_values(tmp_path, name, before, now):
-    train(*begin(tmp_path / "run", steps=2))
-    kept = (tmp_path / "run" / "args.json").read_text()
-    with pytest.raises(ValueError, match=rf"run holds.*--{name} was {before}, is {now}") as error:
-        begin(tmp_path / "run", steps=2, **{name: now})
-    assert "--steps" not in str(error.value)
-    assert (tmp_path / "run" / "args.json").read_text() == kept
-
-
-def test_all_other_settings_are_named(tmp_path):
-    train(*begin(tmp_path / "run", steps=2))
-    with pytest.raises(ValueError, match=r"--lr was 0.1, is 0.2; --new was None, is 1"):
-        begin(tmp_path / "run", steps=2, lr=0.2, new=1)
-
-
-def test_free_options_may_change(tmp_path):
-    free = {name: 1 for name in FREE_OPTIONS if name != "save_dir"}
-    train(*begin(tmp_path / "run", **{**free, "steps": 2}))
-    other = {**{name: 2 for name in free}, "steps": 3}
-    run, _ = begin(tmp_path / "run", **other)
-    assert run.progress["step"] == 2
-    run.close()
-
-
-def test_a_folder_may_be_moved(tmp_path):
-    train(*begin(tmp_path / "run", steps=2))
-    (tmp_path / "run").rename(tmp_path / "moved")
-    run, model = begin(tmp_path / "moved", steps=2)
-    assert model.weight.item() == 2
-    run.close()
-
-
-def test_checkpoints_without_args_json_are_refused(tmp_path):
-    (tmp_path / "vae_best.pth").write_bytes(b"a year of computing")
-    with pytest.raises(ValueError, match=r"holds checkpoints but no args\.json"):
-        begin(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["vae_best.pth"]
-
-
-def test_a_damaged_args_json_or_last_pth_is_refused_by_name(tmp_path):
-    train(*begin(tmp_path / "run", steps=2))
-    last, args = tmp_path / "run" / "last.pth", tmp_path / "run" / "args.json"
-    last.write_bytes(last.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"last\.pth.*truncated"):
-        begin(tmp_path / "run", steps=2)
-    args.write_text("{")
-    with pytest.raises(ValueError, match=r"args\.json: damaged"):
-        begin(tmp_path / "run", steps=2)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_after_the_step(tmp_path, number):
-    run, model = begin(tmp_path / "run")
-    with pytest.raises(SystemExit) as stopped:
-        for step in run.steps():
-            with torch.no_grad():
-                model.weight += 1
-            if step == 4:
-                signal.raise_signal(number)
-            run.end_step(step)
-    assert stopped.value.code == 128 + number
-    run, model = begin(tmp_path / "run")
-    assert run.progress["step"] == 4 and model.weight.item() == 4
-    run.close()
-
-
-def test_validation_is_due_at_its_interval_at_the_end_and_after_a_kill(tmp_path):
-    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
-    due = []
-    for step in run.steps():
-        if run.end_step(step):
-            due.append(step)
-            if step == 4:
-                break  # killed in its validation
-            run.end_validation(step)
-    run.close()
-    assert due == [2, 4]
-    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
-    assert run.progress["step"] == 4 and run.validation_pending()
-    run.end_validation(4)
-    assert not run.validation_pending()
-    assert [step for step in run.steps() if run.end_step(step)] == [5]
-    run.close()
-
-
-def test_log_lines_hold_means_since_the_last(tmp_path):
-    run, model = begin(tmp_path / "run", steps=6, log_interval=3)
-    train(run, model)
-    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["train/loss"]) for row in rows] == [(3, 2.0), (6, 5.0)]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
-    run, _ = begin(tmp_path / "run", save_interval=1)
-    with pytest.raises(ValueError, match=r"diverged.*loss.*--lr"):
-        for step in run.steps():
-            run.average(loss=torch.tensor(1.0 if step < 3 else float("nan")))
-            run.end_step(step)
-    run.close()
-    run, _ = begin(tmp_path / "run", save_interval=1)
-    assert run.progress["step"] == 2
-    run.close()
-
-
-def test_best_is_remembered(tmp_path):
-    run, model = begin(tmp_path / "run", steps=2)
-    assert [run.is_best(loss) for loss in (3.0, 2.0, 2.5, float("nan"), 1.5)] == [
-        *(True, True, False, False, True)
-    ]
-    train(run, model)
-    run, _ = begin(tmp_path / "run", steps=2)
-    assert not run.is_best(1.6) and run.is_best(1.4)
-    run.close()
-
-
-def test_a_snapshot_that_copies_gives_way_to_one_that_does_not(tmp_path):
-    run, _ = begin(tmp_path / "run")
-    found = [run.is_best(*args) for args in ((2.0, True), (3.0, False), (1.0, True), (2.9, False))]
-    assert found == [True, True, False, True]
-    run.close()
-
-
-def test_patience_ends_a_run_and_the_same_command_goes_no_further(tmp_path):
-    """A worse validation is forgiven by a better one; after that two worse ones follow."""
-    for _ in range(2):
-        run, model = begin(tmp_path / "run", val_interval=2, patience=2, steps=20)
-        losses = {2: 2.0, 4: 2.5, 6: 1.0, 8: 1.5, 10: 1.2, 12: 0.1}
-        for step in run.steps():
-            with torch.no_grad():
-                model.weight += 1
-            if run.end_step(step):
-                run.is_best(losses[step])
-                run.end_validation(step)
-        run.close()
-        assert run.progress["step"] == 10 and run.progress["best"] == 1.0
-        assert model.weight.item() == 10
-    for never in 0, -1:
-        run, model = begin(tmp_path / "run", val_interval=2, patience=never, steps=20)
-        assert next(run.steps()) == 11
-        run.close()
 
 
 def test_parts_say_where_each_row_belongs():
@@ -432,14 +205,104 @@ def test_dropout_follows_from_seed_step_and_position():
         assert mask(*other) != first
 
 
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "args.json"
-    training.replace_text(path, "old")
+# Images that cannot be read.
 
-    def fail(*args):
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(training.os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        training.replace_text(path, "new")
-    assert path.read_text() == "old"
+def test_a_row_left_out_is_replaced_by_the_next_whenever_it_is_found(monkeypatch):
+    whole = [rows for rows in Batches(ROWS, options(), 0)]
+    expected = [[{7: 11, 31: 3}.get(row, row) for row in rows] for rows in whole]
+    batches = Batches(ROWS, options(), 0, [7, 31])
+    assert [list(rows) for rows in batches] == expected
+    late = Batches(ROWS, options(), 0)
+    rows = iter(late)
+    first = [next(rows) for _ in range(3)]
+    late.leave_out([31, 7])
+    assert first + list(rows) == whole[:3] + expected[3:]
+    with pytest.raises(ValueError, match="none of the slices"):
+        late.leave_out(ROWS)
+
+
+def test_the_rows_of_a_step_over_all_ranks(monkeypatch):
+    expected = global_batches(monkeypatch, 2, grad_accum=2)
+    batches = Batches(ROWS, options(), 0)
+    assert [batches.rows_of(step) for step in range(1, 11)] == expected
+
+
+# How a script ends.
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400)),
+        ("2-01:00:01", 176401),
+    ],
+)
+def test_time_limits_are_slurms(text, seconds):
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-5", "1:2:3:4", "x", "1-", "0:00:00", "1-2:3:4:5", "1h"]
+)
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected minutes"):
+        duration(text)
+
+
+def test_out_of_gpu_memory_says_what_to_lower_with_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * 2**30)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
+    said = out_of_memory(error, options(batch_size=64, grad_accum=2))
+    for words in ("80.0 GiB", "70.0", "1.0 are free", "12.00 GiB", "--grad_accum from 2 to 4"):
+        assert words in said
+    assert "4 slices at once instead of 8" in said and "--batch_size (64" in said
+    assert "widths" in out_of_memory(error, options(batch_size=8, grad_accum=2))
+    sampling = argparse.Namespace(batch_size=16)
+    assert "Lower --batch_size (16 slices at once)" in out_of_memory(error, sampling)
+    assert out_of_memory(RuntimeError("shape mismatch"), options()) is None
+
+
+@pytest.mark.parametrize(("restarts", "code"), [(None, STOPPED), ("0", STOPPED), ("3", 0)])
+def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
+    monkeypatch, restarts, code
+):
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+
+    def main(args):
+        raise SystemExit(STOPPED)
+
+    with pytest.raises(SystemExit) as left:
+        run_script(main, lambda: None)
+    assert left.value.code == code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("--steps is wrong"),
+        OSError(28, "No space left on device", "/data/run"),
+        MemoryError("--steps of 1e18 bytes"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    ],
+)
+def test_mistakes_and_limits_are_one_message_and_code_2(error, capsys):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_script(main, options)
+    assert left.value.code == 2
+    shown = capsys.readouterr().err
+    assert ": error: " in shown and str(error).split("\n")[0] in shown
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def main(args):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(main, options)

@@ -1,0 +1,558 @@
+"""The run's folder: resume, log, skipped steps, stops, full disks, what is kept."""
+
+import errno
+import json
+import shutil
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import training_options as options
+from torch import nn
+
+from fibldm import journal
+from fibldm import run as run_module
+from fibldm.journal import read_log
+from fibldm.run import FREE_OPTIONS, SIGNALS, Run
+from fibldm.training import STOPPED, Batches
+
+CPU = torch.device("cpu")
+ROWS = range(3, 13)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run takes over SIGINT and SIGTERM: give them back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def begin(folder, **changed) -> tuple[Run, nn.Module]:
+    """A run of a tiny model, resumed if it is there; weights count the steps."""
+    run = Run(options(save_dir=str(folder), **changed), CPU)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    run.resume("train_x", {"model": model}, {"label_csv": "a" * 64})
+    return run, model
+
+
+def batches(run: Run) -> Batches:
+    return Batches(ROWS, run.args, run.progress["step"], run.progress["bad_images"])
+
+
+def take(run: Run, model: nn.Module, step: int, loss: float = 0.0, norm: float = 1.0) -> bool:
+    """A step that adds 1 to the weight where the run finds it sound."""
+    run.average(loss=torch.tensor(loss or float(step)))
+    sound = run.is_sound(step, torch.tensor(norm))
+    if sound:
+        with torch.no_grad():
+            model.weight += 1
+    return sound
+
+
+def train(run: Run, model: nn.Module, until: int = 10**9) -> None:
+    for step in run.steps(batches(run)):
+        if step > until:
+            break
+        take(run, model, step)
+        if run.end_step(step):
+            run.end_validation(step)
+    run.close()
+
+
+def logged(folder) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_a_run_writes_its_folder_and_resumes(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    run, model = begin(folder, steps=6, save_interval=3)
+    train(run, model, until=5)
+    assert json.loads((folder / "args.json").read_text())["batch_size"] == 8
+    assert (folder / "last.pth").is_file() and (folder / "samples").is_dir()
+    assert any((folder / "tensorboard").iterdir())
+    assert logged(folder) == [1, 2, 3, 4, 5]
+
+    run, model = begin(folder, steps=6, save_interval=3)
+    assert run.progress["step"] == 3 and model.weight.item() == 3
+    assert logged(folder) == [1, 2, 3]
+    train(run, model)
+    assert logged(folder) == [1, 2, 3, 4, 5, 6]
+    assert model.weight.item() == 6
+
+
+def test_a_finished_run_has_nothing_left_and_can_be_prolonged(tmp_path):
+    train(*begin(tmp_path / "run", steps=4))
+    run, model = begin(tmp_path / "run", steps=4)
+    assert list(run.steps(batches(run))) == [] and model.weight.item() == 4
+    run.close()
+    train(*begin(tmp_path / "run", steps=6))
+    assert logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match=r"last\.pth is at step 6, beyond --steps 5"):
+        begin(tmp_path / "run", steps=5)
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "train/lo', '{"step"', "null", "\x00\x00", "4"])
+def test_a_torn_last_line_of_the_log_is_dropped(tmp_path, torn):
+    run, model = begin(tmp_path / "run", save_interval=3)
+    train(run, model, until=3)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    run, model = begin(tmp_path / "run", save_interval=3)
+    train(run, model, until=4)
+    assert logged(tmp_path / "run") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"), [("lr", 0.1, 0.2), ("batch_size", 8, 16), ("seed", 0, 1)]
+)
+def test_other_settings_are_refused_with_both_values(tmp_path, name, before, now):
+    train(*begin(tmp_path / "run", steps=2))
+    kept = (tmp_path / "run" / "args.json").read_text()
+    with pytest.raises(ValueError, match=rf"run holds.*--{name} was {before}, is {now}") as error:
+        begin(tmp_path / "run", steps=2, **{name: now})
+    assert "--steps" not in str(error.value)
+    assert (tmp_path / "run" / "args.json").read_text() == kept
+
+
+def test_all_other_settings_are_named(tmp_path):
+    train(*begin(tmp_path / "run", steps=2))
+    with pytest.raises(ValueError, match=r"--lr was 0.1, is 0.2; --new was None, is 1"):
+        begin(tmp_path / "run", steps=2, lr=0.2, new=1)
+
+
+def test_free_options_may_change(tmp_path):
+    free = {name: 1 for name in FREE_OPTIONS if name != "save_dir"}
+    train(*begin(tmp_path / "run", **{**free, "steps": 2}))
+    other = {**{name: 2 for name in free}, "steps": 3}
+    run, _ = begin(tmp_path / "run", **other)
+    assert run.progress["step"] == 2
+    run.close()
+
+
+def test_a_folder_may_be_moved(tmp_path):
+    train(*begin(tmp_path / "run", steps=2))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run, model = begin(tmp_path / "moved", steps=2)
+    assert model.weight.item() == 2
+    run.close()
+
+
+def test_checkpoints_without_args_json_are_refused(tmp_path):
+    (tmp_path / "vae_best.pth").write_bytes(b"a year of computing")
+    with pytest.raises(ValueError, match=r"holds checkpoints but no args\.json"):
+        begin(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["vae_best.pth"]
+
+
+def test_a_damaged_args_json_or_last_pth_is_refused_by_name(tmp_path):
+    train(*begin(tmp_path / "run", steps=2))
+    last, args = tmp_path / "run" / "last.pth", tmp_path / "run" / "args.json"
+    last.write_bytes(last.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"last\.pth.*truncated"):
+        begin(tmp_path / "run", steps=2)
+    args.write_text("{")
+    with pytest.raises(ValueError, match=r"args\.json: damaged"):
+        begin(tmp_path / "run", steps=2)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_leaves_after_the_step(tmp_path, number, capsys):
+    run, model = begin(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps(batches(run)):
+            if step == 4:
+                signal.raise_signal(number)
+            take(run, model, step)
+            run.end_step(step)
+    assert stopped.value.code == STOPPED == 75
+    assert "stopped after step 4, all saved" in capsys.readouterr().out
+    run, model = begin(tmp_path / "run")
+    assert run.progress["step"] == 4 and model.weight.item() == 4
+    run.close()
+
+
+def test_a_second_signal_ends_at_once_with_its_own_code(tmp_path):
+    run, _ = begin(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        for _ in run.steps(batches(run)):
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not run.last.exists()
+
+
+def test_where_all_is_on_disk_one_signal_ends_at_once(tmp_path):
+    run, model = begin(tmp_path / "run", val_interval=1)
+    step = next(run.steps(batches(run)))
+    take(run, model, step)
+    assert run.end_step(step)
+    with pytest.raises(SystemExit) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == STOPPED
+
+
+def test_a_time_limit_saves_and_leaves(tmp_path, monkeypatch, capsys):
+    run, model = begin(tmp_path / "run", time_limit=3600.0)
+    clock, start = run_module.time.monotonic, run_module.time.monotonic()
+    later = {"by": 0.0}
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock() + later["by"])
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps(batches(run)):
+            later["by"] = 3700.0 if step == 3 else 0.0
+            take(run, model, step)
+            run.end_step(step)
+    assert stopped.value.code == STOPPED and clock() - start < 600
+    assert "after step 3 by --time_limit, all saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    run, model = begin(tmp_path / "run", time_limit=None)
+    assert run.progress["step"] == 3 == model.weight.item()
+    run.close()
+
+
+def test_validation_is_due_at_its_interval_at_the_end_and_after_a_kill(tmp_path):
+    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
+    due = []
+    for step in run.steps(batches(run)):
+        if run.end_step(step):
+            due.append(step)
+            if step == 4:
+                break  # killed in its validation
+            run.end_validation(step)
+    run.close()
+    assert due == [2, 4]
+    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
+    assert run.progress["step"] == 4 and run.validation_pending()
+    run.end_validation(4)
+    assert not run.validation_pending()
+    assert [step for step in run.steps(batches(run)) if run.end_step(step)] == [5]
+    run.close()
+
+
+def test_log_lines_hold_means_since_the_last(tmp_path):
+    run, model = begin(tmp_path / "run", steps=6, log_interval=3)
+    train(run, model)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(3, 2.0), (6, 5.0)]
+
+
+# Numbers that go wrong.
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
+    run, model = begin(tmp_path / "run", steps=6)
+    for step in run.steps(batches(run)):
+        loss = float("nan") if step == 2 else 0.0
+        norm = float("inf") if step == 3 else 1.0
+        assert take(run, model, step, loss, norm) == (step not in (2, 3))
+        run.end_step(step)
+    run.close()
+    assert model.weight.item() == 4 and run.progress["bad_steps"] == 0
+    rows = list(read_log(tmp_path / "run"))
+    assert [row.get("train/skipped_steps") for row in rows] == [None, 1, 2, 2, 2, 2]
+    assert [row.get("train/loss") for row in rows] == [1, None, None, 4, 5, 6]
+    out = capsys.readouterr().out
+    assert "step 2: loss not finite; it is skipped" in out
+    assert "step 3: grad_norm not finite; it is skipped, as 2 in a row (--max_bad_steps 3)" in out
+    run, model = begin(tmp_path / "run", steps=6)
+    assert run.progress["skipped"] == 2
+    run.close()
+
+
+def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path):
+    run, model = begin(tmp_path / "run", save_interval=1, val_interval=5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    run.parts["scaler"] = scaler
+    with pytest.raises(
+        ValueError, match=r"diverged.*step 6: loss not finite.*last\.pth is of step 3"
+    ):
+        for step in run.steps(batches(run)):
+            take(run, model, step, float("nan") if step > 3 else 0.0)
+            if run.end_step(step):
+                run.end_validation(step)
+    run.close()
+    found = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
+    assert found["step"] == 6 and found["checkpoint_step"] == 3 and found["seed"] == 0
+    assert found["rows"] == Batches(ROWS, run.args, 0).rows_of(6)
+    assert found["scaler"]["scale"] == 0.5
+    assert found["values_by_rank"] == [{"loss": ["nan"], "grad_norm": ["1.0"]}]
+    content = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert content["step"] == 3 and content["states"]["model"]["weight"].item() == 3
+
+
+def test_a_good_step_between_forgives(tmp_path):
+    run, model = begin(tmp_path / "run", steps=9)
+    for step in run.steps(batches(run)):
+        take(run, model, step, 0.0 if step % 3 == 0 else float("nan"))
+        run.end_step(step)
+    assert run.progress["skipped"] == 6 and run.progress["bad_steps"] == 0
+    run.close()
+
+
+def test_an_overflow_of_fp16_is_no_error_until_the_scale_is_1(tmp_path):
+    run, model = begin(tmp_path / "run", steps=40)
+    run.parts["scaler"] = scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scales = []
+    with pytest.raises(ValueError, match="diverged"):
+        for step in run.steps(batches(run)):
+            scaler.scale(weight.sum() * float("inf")).backward()
+            scaler.unscale_(optimizer)
+            assert not take(run, model, step, norm=float("inf"))
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            run.end_step(step)
+    assert scales == [8, 4, 2, 1, 0.5, 0.25]  # 4 overflows, then 3 that count; the third ends
+    assert run.progress["bad_steps"] == 3
+    run.close()
+
+
+# Images that cannot be read.
+
+
+def test_an_unreadable_image_is_left_out_within_the_limit(tmp_path, capsys):
+    run, model = begin(tmp_path / "run", steps=4, max_bad_images=2)
+    order = batches(run)
+    for step in run.steps(order):
+        if step in (2, 3):
+            run.suspect(torch.tensor([[-1, -1], [5, -1]]))
+        take(run, model, step)
+        run.end_step(step)
+    run.close()
+    assert run.progress["bad_images"] == [5] and order.left_out == {5}
+    assert "rows [5] of the table (from 0) cannot be read any more: 1 in all" in (
+        capsys.readouterr().out
+    )
+    run, _ = begin(tmp_path / "run", steps=4, max_bad_images=2)
+    assert batches(run).left_out == {5}
+    run.close()
+
+
+def test_more_unreadable_images_than_the_limit_end_the_run(tmp_path):
+    run, model = begin(tmp_path / "run", save_interval=1, max_bad_images=1)
+    with pytest.raises(ValueError, match=r"rows \[4, 5\].*2 in all.*--max_bad_images 1.*of step 2"):
+        for step in run.steps(batches(run)):
+            run.suspect(torch.tensor([4, 5] if step == 3 else [-1, -1]))
+            take(run, model, step)
+            run.end_step(step)
+    run.close()
+
+
+# Disks.
+
+
+def full_disk(monkeypatch, names: tuple[str, ...] = ("save_training", "save_model")) -> None:
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in names:
+        monkeypatch.setattr(run_module, name, fail)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(tmp_path, monkeypatch, capsys):
+    run, model = begin(tmp_path / "run", steps=8, save_interval=2)
+    for step in run.steps(batches(run)):
+        take(run, model, step)
+        if step == 4:
+            full_disk(monkeypatch)
+        run.end_step(step)
+        if step == 4:
+            monkeypatch.undo()
+            said = capsys.readouterr().out
+            assert "last.pth of step 4 could not be written: No space left" in said
+            assert "GiB are free, training goes on;" in said and "is of step 2, from before" in said
+            assert torch.load(run.last, weights_only=True)["step"] == 2
+    run.close()
+    assert torch.load(run.last, weights_only=True)["step"] == 8
+
+
+def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    run, model = begin(tmp_path / "run", steps=3, save_interval=2)
+    with pytest.raises(ValueError, match=r"last step is taken but cannot be saved.*of step 2"):
+        for step in run.steps(batches(run)):
+            take(run, model, step)
+            if step == 3:
+                full_disk(monkeypatch)
+            run.end_step(step)
+    run.close()
+
+
+def test_a_best_snapshot_that_cannot_be_written_is_not_the_best(tmp_path, monkeypatch):
+    run, model = begin(tmp_path / "run", steps=9, val_interval=3)
+    model.kind, model.config = "x", {}
+    losses = {3: 1.0, 6: 2.0, 9: 3.0}
+    for step in run.steps(batches(run)):
+        take(run, model, step)
+        if run.end_step(step):
+            if step == 3:
+                full_disk(monkeypatch, ("save_model",))
+            if run.is_best(losses[step]):
+                run.save_best("x_best.pth", model, step=step)
+            monkeypatch.undo()
+            run.end_validation(step)
+    run.close()
+    assert torch.load(run.folder / "x_best.pth", weights_only=True)["step"] == 6
+
+
+def test_a_log_that_cannot_be_written_waits_and_loses_no_row(tmp_path, monkeypatch, capsys):
+    run, model = begin(tmp_path / "run", steps=4)
+    real = open
+
+    def full(path, *args):
+        file = real(path, *args)
+        if str(path).endswith("metrics.jsonl"):
+            file.write('{"step": 2, "tor')
+            file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    for step in run.steps(batches(run)):
+        take(run, model, step)
+        if step == 2:
+            monkeypatch.setattr(journal, "open", full, raising=False)
+        run.end_step(step)
+        monkeypatch.undo()
+    run.close()
+    assert [row["step"] for row in read_log(run.folder)] == [1, 2, 3, 4]
+    assert "metrics.jsonl: No space left on device; its rows wait" in capsys.readouterr().out
+
+
+def test_the_log_is_cut_into_parts_and_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "PART", 300)
+    run, model = begin(tmp_path / "run", steps=40, save_interval=30)
+    train(run, model, until=35)
+    parts = journal.log_parts(run.folder)
+    assert len(parts) > 3
+    assert max(path.stat().st_size for path in parts) < 600
+    run, model = begin(tmp_path / "run", steps=40, save_interval=30)
+    assert [row["step"] for row in read_log(run.folder)] == list(range(1, 31))
+    train(run, model)
+    assert [row["step"] for row in read_log(run.folder)] == list(range(1, 41))
+
+
+def test_tensorboard_has_one_file_with_all_rows_however_often_it_was_resumed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in 2, 4, 6:
+        train(*begin(tmp_path / "run", steps=steps))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_n_checkpoints_are_kept_and_can_be_gone_back_to(tmp_path):
+    more = {"steps": 10, "save_interval": 2, "val_interval": 4, "keep_last": 3}
+    run, model = begin(tmp_path / "run", **more)
+    train(run, model)
+    names = sorted(path.name for path in run.folder.glob("*.pth"))
+    assert names == ["last.pth", "step_0000006.pth", "step_0000008.pth"]
+    shutil.copy(run.folder / "step_0000006.pth", run.last)
+    run, model = begin(tmp_path / "run", **more)
+    assert run.progress["step"] == 6 == model.weight.item()
+    train(run, model)
+    assert model.weight.item() == 10
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    train(*begin(tmp_path / "run", steps=2))
+    (tmp_path / "run" / ".x_best.pth.tmp").write_bytes(b"half")
+    run, _ = begin(tmp_path / "run", steps=2)
+    run.close()
+    assert not (tmp_path / "run" / ".x_best.pth.tmp").exists()
+
+
+# Preflight.
+
+
+def rehearsed(folder, rehearse=None, **changed) -> tuple[Run, nn.Module, list]:
+    run, model = begin(folder, **changed)
+    asked = []
+
+    def step_and_more(step, trial):
+        asked.append((step, trial))
+        take(run, model, step, loss=float("nan") if rehearse == "nan" else 0.0)
+        (trial / "samples.png").write_bytes(b"drawn")
+        run.log(step, {"loss": 1.0}, "val")
+        if isinstance(rehearse, Exception):
+            raise rehearse
+
+    run.preflight(step_and_more)
+    return run, model, asked
+
+
+@pytest.mark.parametrize("outcome", ["fine", "nan"])
+def test_a_preflight_takes_a_step_and_undoes_it(tmp_path, outcome, capsys):
+    run, model, asked = rehearsed(tmp_path / "run", outcome, steps=3)
+    assert asked == [(1, run.folder / ".preflight")]
+    assert "preflight: a step, a validation and a checkpoint of" in capsys.readouterr().out
+    assert model.weight.item() == 0 and run.progress["skipped"] == 0
+    assert {path.name for path in run.folder.iterdir()} == {"args.json", "samples", "tensorboard"}
+    train(run, model)
+    assert [row["train/loss"] for row in read_log(run.folder)] == [1, 2, 3]
+    run, model, asked = rehearsed(tmp_path / "run", steps=5)
+    assert asked[0][0] == 4 and model.weight.item() == 3  # also before a run goes on
+    run.close()
+    assert rehearsed(tmp_path / "run", steps=5, no_preflight=True)[2] == []
+
+
+def test_a_preflight_that_fails_leaves_no_run_behind(tmp_path):
+    with pytest.raises(ValueError, match="metrics"):
+        rehearsed(tmp_path / "run", ValueError("metrics"), steps=3)
+    run, _ = begin(tmp_path / "run", steps=3, lr=0.5)  # other settings are free to try
+    assert not (run.folder / ".preflight").exists() and not list(run.folder.glob("*.pth"))
+    run.close()
+
+
+def test_a_preflight_needs_room_for_what_will_be_kept(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: usage(10**6, 0, 4000))
+    with pytest.raises(ValueError, match=r"GiB are free, but checkpoints of .* --keep_last"):
+        rehearsed(tmp_path / "run", keep_last=5)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+# Best.
+
+
+def test_best_is_remembered(tmp_path):
+    run, model = begin(tmp_path / "run", steps=2)
+    assert [run.is_best(loss) for loss in (3.0, 2.0, 2.5, float("nan"), 1.5)] == [
+        *(True, True, False, False, True)
+    ]
+    train(run, model)
+    run, _ = begin(tmp_path / "run", steps=2)
+    assert not run.is_best(1.6) and run.is_best(1.4)
+    run.close()
+
+
+def test_a_snapshot_that_copies_gives_way_to_one_that_does_not(tmp_path):
+    run, _ = begin(tmp_path / "run")
+    found = [run.is_best(*args) for args in ((2.0, True), (3.0, False), (1.0, True), (2.9, False))]
+    assert found == [True, True, False, True]
+    run.close()
+
+
+def test_patience_ends_a_run_and_the_same_command_goes_no_further(tmp_path):
+    """A worse validation is forgiven by a better one; after that two worse ones follow."""
+    for _ in range(2):
+        run, model = begin(tmp_path / "run", val_interval=2, patience=2, steps=20)
+        losses = {2: 2.0, 4: 2.5, 6: 1.0, 8: 1.5, 10: 1.2, 12: 0.1}
+        for step in run.steps(batches(run)):
+            take(run, model, step)
+            if run.end_step(step):
+                run.is_best(losses[step])
+                run.end_validation(step)
+        run.close()
+        assert run.progress["step"] == 10 and run.progress["best"] == 1.0
+        assert model.weight.item() == 10
+    for never in 0, -1:
+        run, model = begin(tmp_path / "run", val_interval=2, patience=never, steps=20)
+        assert next(run.steps(batches(run))) == 11
+        run.close()
