@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fibldm.heartbeat import Heartbeat
 
+CONNECT = 120  # seconds that processes have to find each other
 _heartbeat: Heartbeat | None = None
 
 
@@ -47,30 +49,44 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = device.startswith("cuda")
+        alarm = threading.Timer(CONNECT, _end_unconnected)
+        alarm.daemon = True
+        alarm.start()
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             timeout=timedelta(minutes=2 * timeout + 1),  # the heartbeat knows more: it goes first
             device_id=torch.device(device) if gpu else None,
         )
+        alarm.cancel()
         if world_size() > 1:
             _heartbeat = Heartbeat(rank(), world_size(), 60 * timeout)
     return torch.device(device)
 
 
+def _end_unconnected() -> None:
+    """End a process that would wait for hours: now and then gloo misses a connection."""
+    here, address = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    sys.stderr.write(
+        f"error (rank {here}): no connection to the other processes in {CONNECT} s (they meet at "
+        f"{address}); start again, or check that all were started, the firewall, and "
+        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def leave(code: int) -> None:
     """End this process with an exit code; where it is 0, when all ranks have come to here.
 
-    One rank of several ends at once: gloo's threads can abort it while the interpreter closes down.
+    At once: while the interpreter closes down, gloo's threads can abort it, and it would wait for
+    ever for decoding processes, which ignore the signal that is to end them.
     """
-    many = world_size() > 1
     if code == 0 and dist.is_initialized():
         barrier()
         dist.destroy_process_group()
-    if many:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -324,9 +325,16 @@ def optimizer_step(
 def run_script(main, parse_args) -> None:
     """Run a script; a user's mistake or a machine's limit ends it with one message and code 2.
 
-    With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too. A run that stopped early
+    With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too, as it always is of an
+    error of the program, which ends with code 1. A run that stopped early
     ends with code 75, but for workers that torchrun would then restart: they end with 0.
     """
+
+    def end_at_once(*error: Any) -> None:
+        sys.__excepthook__(*error)
+        distributed.leave(1)
+
+    sys.excepthook = end_at_once
     args, code = parse_args(), 0
     try:
         main(args)
@@ -334,13 +342,12 @@ def run_script(main, parse_args) -> None:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         code = 0 if stop.code == STOPPED and restarts else stop.code
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = out_of_memory(error, args)
-        if isinstance(error, RuntimeError) and message is None:
-            raise
-        if os.environ.get("FIBLDM_TRACEBACK") == "1":
+        memory = out_of_memory(error, args)
+        program = memory is None and isinstance(error, RuntimeError)
+        if program or os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {message or error}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}\n")
         code = 2
     distributed.leave(code)
 

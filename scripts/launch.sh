@@ -1,11 +1,14 @@
 # Sourced by the launchers of the five stages: `launch SCRIPT OPTIONS...` runs a script of the
 # repository's root under torchrun, on the processes and nodes that these variables say. A single
-# process needs no torchrun, and without it a mistake is one message and one exit code.
+# process needs no torchrun, and without it a mistake is one message and one exit code; nor does one
+# that a scheduler has started and given its RANK (slurm/train.sbatch). What runs takes the place of
+# this shell, so that signals reach it and its exit code is the launcher's: `launch` comes last.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS="${GPUS:-1}"                      # processes on this node: one a GPU (one is enough on a CPU)
 NODES="${NODES:-1}"                    # nodes; start the same command on each of them
 RDZV_ENDPOINT="${RDZV_ENDPOINT:-}"     # host:port of one of the nodes, the same on all (NODES > 1)
+RESTARTS="${RESTARTS:-0}"              # times that all processes start again after one has failed
 
 command -v torchrun > /dev/null || PATH="$PWD/.venv/bin:$PATH"
 if ! command -v torchrun > /dev/null; then
@@ -14,9 +17,8 @@ if ! command -v torchrun > /dev/null; then
 fi
 
 launch() {
-    if [ "$NODES" -eq 1 ] && [ "$GPUS" = 1 ]; then
-        "$(dirname "$(command -v torchrun)")/python" "$@"
-        return
+    if [ -n "${RANK:-}" ] || { [ "$NODES" -eq 1 ] && [ "$GPUS" = 1 ]; }; then
+        exec "$(dirname "$(command -v torchrun)")/python" "$@"
     fi
     local nodes=(--standalone)
     if [ "$NODES" -gt 1 ]; then
@@ -26,5 +28,5 @@ launch() {
         fi
         nodes=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id fibldm)
     fi
-    torchrun "${nodes[@]}" --nproc_per_node "$GPUS" "$@"
+    exec torchrun "${nodes[@]}" --nproc_per_node "$GPUS" --max-restarts "$RESTARTS" "$@"
 }

@@ -1,10 +1,13 @@
 """Data order and noise whatever the number of processes; a step; how a script ends."""
 
 import argparse
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from conftest import training_options as options
 from scipy import stats
 from torch import nn
@@ -265,19 +268,32 @@ def test_out_of_gpu_memory_says_what_to_lower_with_numbers(monkeypatch):
     assert out_of_memory(RuntimeError("shape mismatch"), options()) is None
 
 
+@pytest.fixture
+def ended(monkeypatch):
+    """The exit code that a script's main, which raises this, ends with."""
+
+    def end(error: BaseException) -> int:
+        codes = []
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        monkeypatch.setattr(distributed.os, "_exit", codes.append)
+
+        def main(args):
+            raise error
+
+        run_script(main, options)
+        return codes[0]
+
+    return end
+
+
 @pytest.mark.parametrize(("restarts", "code"), [(None, STOPPED), ("0", STOPPED), ("3", 0)])
 def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
-    monkeypatch, restarts, code
+    monkeypatch, restarts, code, ended
 ):
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-
-    def main(args):
-        raise SystemExit(STOPPED)
-
-    with pytest.raises(SystemExit) as left:
-        run_script(main, lambda: None)
-    assert left.value.code == code
+    assert ended(SystemExit(STOPPED)) == code
+    assert ended(SystemExit(143)) == 143
 
 
 @pytest.mark.parametrize(
@@ -289,20 +305,27 @@ def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
         RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: 1 bytes"),
     ],
 )
-def test_mistakes_and_limits_are_one_message_and_code_2(error, capsys):
-    def main(args):
-        raise error
-
-    with pytest.raises(SystemExit) as left:
-        run_script(main, options)
-    assert left.value.code == 2
+def test_mistakes_and_limits_are_one_message_and_code_2(error, ended, capsys):
+    assert ended(error) == 2
     shown = capsys.readouterr().err
     assert ": error: " in shown and str(error).split("\n")[0] in shown
+    assert "Traceback" not in shown
 
 
-def test_an_error_of_the_program_keeps_its_traceback():
-    def main(args):
-        raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_script(main, options)
+def test_an_error_of_the_program_keeps_its_traceback_and_ends_at_once(tmp_path):
+    """Also while a process that decodes images is still there, which ignores signals."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from fibldm.datasets import load_batches
+from fibldm.training import run_script
+def main(args):
+    data = load_batches([{{"x": __import__("torch").zeros(1)}}] * 9, [[0]] * 9, 1)
+    next(iter(data))
+    held = iter(data)
+    next(held)
+    raise RuntimeError("a bug")
+run_script(main, lambda: None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr

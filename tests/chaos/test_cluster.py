@@ -1,0 +1,266 @@
+"""Several processes: killed workers, other numbers of them, two nodes, signals, hangs."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, unet_options, vae_options
+from killing import contents, differences
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = ["--steps", "30", "--save_interval", "5", "--val_interval", "10", "--log_interval", "1"]
+
+
+class Launched:
+    """A torchrun whose output is read line by line, in a folder of its own."""
+
+    def __init__(
+        self, folder: Path, script: str, options: list, *more: str, prefix=(), **environment
+    ):
+        folder.mkdir(exist_ok=True)
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", *more]
+        command += [str(ROOT / f"{script}.py"), *map(str, options)]
+        weights = folder.parent / "no_weights"
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(weights), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until(self, text: str) -> None:
+        """Read on until a line has this text."""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if text in line:
+                return
+        raise AssertionError(f"no {text!r} in:\n{self.output()}")
+
+    def worker(self, rank: int) -> int:
+        """The process of a rank, whose parent this torchrun is."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (path / "environ").read_bytes().split(b"\0")
+            except (OSError, ValueError):
+                continue
+            if parent == self.process.pid and b"RANK=%d" % rank in words:
+                return int(path.name)
+        raise AssertionError(f"no process of rank {rank}")
+
+    def end(self) -> int:
+        self.lines += self.process.stdout
+        return self.process.wait(timeout=300)
+
+    def output(self) -> str:
+        return "".join(self.lines)
+
+
+def standalone(processes: int, restarts: int = 0) -> list[str]:
+    return ["--standalone", "--nproc_per_node", str(processes), "--max-restarts", str(restarts)]
+
+
+def ended_well(launched: Launched) -> None:
+    assert launched.end() == 0, launched.output()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stages, tmp_path_factory) -> dict:
+    """What a run on two processes leaves."""
+    folder = tmp_path_factory.mktemp("cluster") / "whole"
+    ended_well(
+        Launched(folder, "train_ldm_unet", unet_options(stages, "run", *STEPS), *standalone(2))
+    )
+    return contents(folder)
+
+
+def test_torchrun_restarts_after_a_killed_worker(stages, undisturbed, tmp_path, full, tally):
+    """Each of the two, between and at saves; the result is the undisturbed run's."""
+    for rank, step in [(1, 7), (0, 12), (1, 20), (0, 3), (1, 29)][: 5 if full else 1]:
+        survived = tally("a worker of torchrun --max-restarts is killed")
+        folder = tmp_path / f"{rank}_{step}"
+        options = unet_options(stages, "run", *STEPS)
+        launched = Launched(folder, "train_ldm_unet", options, *standalone(2, 3))
+        launched.until(f"step {step}/30  train")
+        os.kill(launched.worker(rank), signal.SIGKILL)
+        ended_well(launched)
+        assert differences(undisturbed, contents(folder)) == []
+        survived()
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_torchrun_saves_at_one_step(number, stages, undisturbed, tmp_path, full, tally):
+    if number != "SIGTERM" and not full:
+        pytest.skip("with --chaos full")
+    survived = tally(f"{number} to torchrun")
+    options = unet_options(stages, "run", *STEPS)
+    handled = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
+    launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2), **handled)
+    launched.until("step 12/30  train")
+    launched.process.send_signal(getattr(signal, number))
+    assert launched.end() != 0
+    said = re.search(r"stopped after step (\d+), all saved", launched.output())
+    assert said, launched.output()
+    last = torch.load(tmp_path / "run" / "run" / "last.pth", weights_only=True)
+    assert last["step"] == int(said[1]) >= 12
+    launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2))
+    ended_well(launched)
+    assert f"going on after step {said[1]}" in launched.output()
+    assert differences(undisturbed, contents(tmp_path / "run")) == []
+    survived()
+
+
+def test_a_run_on_two_processes_goes_on_on_one_and_on_four(stages, tmp_path, tally):
+    """With the same data order and noise: else the weights would be far apart."""
+    steps = ["--steps", "12", "--save_interval", "5", "--val_interval", "12", "--lr", "1e-3"]
+    steps += ["--time_limit", "1-0", "--log_interval", "1"]
+    options = unet_options(stages, "run", *steps)
+    ended_well(Launched(tmp_path / "one", "train_ldm_unet", options, *standalone(1)))
+    launched = Launched(tmp_path / "two", "train_ldm_unet", options, *standalone(2))
+    launched.until("step 6/12  train")
+    launched.process.send_signal(signal.SIGTERM)
+    launched.end()
+    assert "all saved" in launched.output()
+    expected = torch.load(tmp_path / "one" / "run" / "last.pth", weights_only=True)
+    for processes in 1, 4:
+        survived = tally("2 processes become 1, become 4")
+        folder = tmp_path / f"then_{processes}"
+        shutil.copytree(tmp_path / "two", folder)
+        ended_well(Launched(folder, "train_ldm_unet", options, *standalone(processes)))
+        found = torch.load(folder / "run" / "last.pth", weights_only=True)
+        assert found["step"] == 12
+        for name, value in expected["states"]["unet"].items():
+            torch.testing.assert_close(found["states"]["unet"][name], value, atol=2e-5, rtol=0)
+        survived()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def node(address: str, port: int, local: str) -> list[str]:
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
+    rendezvous += ["--rdzv_id", "fibldm", "--local-addr", local]
+    return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *rendezvous]
+
+
+def rank_of(launched: Launched) -> int:
+    """The rank of the only worker that a node has."""
+    for rank in 0, 1:
+        try:
+            launched.worker(rank)
+        except AssertionError:
+            continue
+        return rank
+    raise AssertionError("no worker")
+
+
+def wait_for_worker(launched: Launched) -> int:
+    """The rank of a node's worker, once it has started."""
+    for _ in range(600):
+        try:
+            return rank_of(launched)
+        except AssertionError:
+            time.sleep(0.1)
+    raise AssertionError("no worker")
+
+
+def kill_on_the_second_node(nodes: list[Launched], undisturbed: dict, folder: Path) -> None:
+    """Both nodes go on from the last checkpoint, and end as two processes of one node do."""
+    ranks = [wait_for_worker(one) for one in nodes]
+    assert sorted(ranks) == [0, 1]
+    nodes[ranks.index(0)].until("step 12/30  train")
+    os.kill(nodes[1].worker(ranks[1]), signal.SIGKILL)
+    for one in nodes:
+        ended_well(one)
+    assert differences(undisturbed, contents(folder)) == []
+
+
+def test_two_nodes_on_loopback(stages, undisturbed, tmp_path, tally):
+    survived = tally("a worker of one of two nodes is killed")
+    options, port = unet_options(stages, "run", *STEPS), free_port()
+    nodes = [
+        Launched(tmp_path / "run", "train_ldm_unet", options, *node("127.0.0.1", port, "127.0.0.1"))
+        for _ in range(2)
+    ]
+    kill_on_the_second_node(nodes, undisturbed, tmp_path / "run")
+    survived()
+
+
+def test_two_nodes_in_network_namespaces(stages, undisturbed, tmp_path, full, tally):
+    if not full:
+        pytest.skip("with --chaos full")
+    names, hosts = ("fibldm_a", "fibldm_b"), ("10.213.7.1", "10.213.7.2")
+    setup = [f"ip netns add {name}" for name in names]
+    setup += ["ip link add fibldm0 netns fibldm_a type veth peer name fibldm1 netns fibldm_b"]
+    for i, (name, host) in enumerate(zip(names, hosts, strict=True)):
+        setup += [f"ip -n {name} addr add {host}/24 dev fibldm{i}"]
+        setup += [f"ip -n {name} link set {device} up" for device in (f"fibldm{i}", "lo")]
+    try:
+        for line in setup:
+            done = subprocess.run(line.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {line}: {done.stderr}")
+        survived = tally("a worker of one of two nodes is killed (network namespaces)")
+        options = unet_options(stages, "run", *STEPS)
+        nodes = [
+            Launched(
+                tmp_path / "run",
+                "train_ldm_unet",
+                options,
+                *node(hosts[0], 29513, host),
+                prefix=("ip", "netns", "exec", name),
+                GLOO_SOCKET_IFNAME=f"fibldm{i}",
+            )
+            for i, (name, host) in enumerate(zip(names, hosts, strict=True))
+        ]
+        kill_on_the_second_node(nodes, undisturbed, tmp_path / "run")
+        survived()
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_a_rank_that_is_stopped_is_named(stages, tmp_path, tally):
+    survived = tally("a rank is stopped (SIGSTOP)")
+    options = unet_options(stages, "run", *STEPS, "--timeout", "0.1")
+    launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2))
+    launched.until("step 7/30  train")
+    os.kill(launched.worker(1), signal.SIGSTOP)
+    assert launched.end() != 0
+    assert "(--timeout): rank 1 does not answer (last seen at" in launched.output()
+    last = torch.load(tmp_path / "run" / "run" / "last.pth", weights_only=True)
+    assert last["step"] == 5
+    survived()
+
+
+def test_a_rank_that_waits_for_a_file_is_named_with_the_place(phantoms, tmp_path, tally):
+    """A file system that does not answer any more, as a pipe into which nobody writes."""
+    survived = tally("a rank hangs reading a file")
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    more = ["--steps", "4000", "--log_interval", "1", "--val_interval", "5000", "--timeout", "0.1"]
+    launched = Launched(
+        tmp_path / "run", "train_vae", vae_options(data, "run", *more), *standalone(2)
+    )
+    launched.until("step 3/4000  train")
+    image = sorted((data / "images").iterdir())[0]
+    os.mkfifo(data / "pipe")
+    os.replace(data / "pipe", image)
+    assert launched.end() != 0
+    found = re.search(r"rank (\d) hangs at fibldm/ct\.py:\d+", launched.output())
+    assert found, launched.output()
+    survived()
