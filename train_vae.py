@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def validate_on(held: list[int], path: Path) -> tuple:
-        return validate(ema.model, data, held, reconstruction_loss, lpips, device, path)
+        return validate(ema.model, data, held, reconstruction_loss, lpips, run, path)
 
     def validate_and_keep_best(step: int) -> None:
         path = run.folder / "samples" / f"step_{step:07d}.png"
@@ -288,7 +288,7 @@ def validate(
     rows: list[int],
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     lpips: nn.Module | None,
-    device: torch.device,
+    run: Run,
     panel: Path,
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor], Tensor]:
     """Reconstruct the held-out slices, shared over ranks, and write the panel.
@@ -297,10 +297,10 @@ def validate(
     """
     mine = [rows[i] for i in distributed.share(len(rows))]
     totals: dict[str, float] = {}
-    sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=device)
+    sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=run.device)
     parts = chunks(mine, BATCH)
     for part, batch in zip(parts, load_batches(data, parts, 0), strict=True):
-        x = batch["image"].to(device)
+        x = batch["image"].to(run.device)
         posterior = vae.encode(x)
         offsets = item_uniform(0, "val", 0, part, 2)  # each slice's own, always the same
         slices = vae.likelihood(posterior.mean)
@@ -320,8 +320,9 @@ def validate(
     values = {name: sum(part.get(name, 0.0) for part in parts) / len(rows) for name in names}
     if distributed.is_main():
         x = torch.stack([data[row]["image"] for row in rows[:PANEL]])
-        recon = reconstruct(vae, x.to(device)).cpu()
-        write_reconstructions(panel, x[:, 0].numpy(), recon[:, 0].numpy())
+        recon = reconstruct(vae, x.to(run.device)).cpu()
+        with run.keep_going(panel):
+            write_reconstructions(panel, x[:, 0].numpy(), recon[:, 0].numpy())
     count = len(rows) * vae.config["latent_size"] ** 2
     sums = distributed.sum_over_ranks(sums)
     return values, moments(sums[:2], count), (sums[2] / count).sqrt().float()

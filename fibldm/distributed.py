@@ -167,6 +167,7 @@ def sync_gradients(module: nn.Module, sync: bool) -> contextlib.AbstractContextM
 
     With gradient accumulation, `sync` is true for the last micro-batch of a step.
     """
+    mark()  # the forward pass broadcasts buffers
     if sync or not isinstance(module, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()

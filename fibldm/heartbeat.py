@@ -27,6 +27,7 @@ class Heartbeat(threading.Thread):
         self.pause = min(10.0, timeout / 10)  # seconds between beats
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.keys = [f"fibldm/{attempt}/{r}" for r in self.ranks]
+        self.verdict = f"fibldm/{attempt}/verdict"  # of the first to find out, which is heard
         self.main = threading.main_thread().ident
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(
@@ -77,6 +78,8 @@ class Heartbeat(threading.Thread):
 
     def end(self, before: dict, after: dict) -> None:
         """Say who is at fault, and end this process at once: its main thread may never answer."""
+        if self.store.compare_set(self.verdict, "", str(self.rank)).decode() != str(self.rank):
+            os._exit(1)
         silent = [r for r in self.ranks if before[r][0] == after[r][0] and r != self.rank]
         behind = [r for r in self.ranks if after[r][1] < max(state[1] for state in after.values())]
         if silent:

@@ -1,5 +1,6 @@
 """A run's log: metrics.jsonl, cut into parts as it grows, and tensorboard/, made from it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,7 +66,8 @@ class Journal:
                 number = len(log_parts(self.folder))
                 os.replace(self.file, self.folder / f"metrics.{number:04d}.jsonl")
         except OSError as error:
-            os.truncate(self.file, size)
+            with contextlib.suppress(OSError):  # a read-only disk
+                os.truncate(self.file, size)
             self.warn(f"{self.file}: {error.strerror}; its rows wait for the next log line")
         self._show(row)
 

@@ -1,6 +1,7 @@
 """A training's folder: its settings, progress and checkpoints; when to skip, stop and end."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -367,9 +368,8 @@ class Run:
 
     def save_best(self, name: str, model: nn.Module, **facts: object) -> None:
         """Write the snapshot that `is_best` found; where the disk is full, the next may be it."""
-        if not self._write(
-            lambda: save_model(self.folder / name, model, self.lineage, **facts), name
-        ):
+        path = self.folder / name
+        if not self._write(path, lambda: save_model(path, model, self.lineage, **facts)):
             self.progress |= {"best": float("inf"), "copies": True}
 
     def end_validation(self, step: int) -> None:
@@ -395,32 +395,45 @@ class Run:
             for path in older[: len(older) - self.args.keep_last + 1]:
                 path.unlink()
 
-        if not self._write(write, "last.pth"):
+        if not self._write(self.last, write):
             return False
         self.saved, self.saved_step = True, self.progress["step"]
         return True
 
-    def _write(self, write: Callable[[], None], name: str) -> bool:
+    @contextlib.contextmanager
+    def keep_going(self, path: Path) -> Iterator[None]:
+        """Warn where a file can't be written, and go on: a full disk may be emptied.
+
+        In a preflight it is an error.
+        """
+        try:
+            yield
+        except OSError as error:
+            if self.rehearsing:
+                raise
+            self.failed = True
+            free = shutil.disk_usage(self.folder).free / 2**30
+            where = self._where_saved()
+            self.warn(
+                [
+                    f"{path} of step {self.progress['step']} could not be written: "
+                    f"{error.strerror}; {free:.2f} GiB are free. Training goes on. {where}"
+                ]
+            )
+
+    def _write(self, path: Path, write: Callable[[], None]) -> bool:
         """Let the main process write; whether it could, on all ranks when it has."""
-        failed = False
+        self.failed = False
         if distributed.is_main():
-            try:
+            with self.keep_going(path):
                 write()
-            except OSError as error:
-                failed = True
-                free = shutil.disk_usage(self.folder).free / 2**30
-                text = f"{self.folder / name} of step {self.progress['step']} could not be written"
-                self.warn([f"{text}: {error.strerror}; {free:.2f} GiB are free, {self._kept()}"])
-        failed = distributed.any_rank(failed, self.device)
+        failed = distributed.any_rank(self.failed, self.device)
         if failed and self.progress["step"] == self.args.steps:
             raise ValueError(
-                f"{self.folder / name}: the last step is taken but cannot be saved; free space and "
-                f"run the same command again. {self._where_saved()}"
+                f"{path}: the last step is taken but cannot be saved; free space and run the same "
+                f"command again. {self._where_saved()}"
             )
         return not failed
-
-    def _kept(self) -> str:
-        return f"training goes on; {self._where_saved()[0].lower()}{self._where_saved()[1:]}"
 
     def _pop_averages(self) -> dict[str, float]:
         means = {n: float(distributed.mean(v)) / self.counts[n] for n, v in self.totals.items()}
@@ -442,7 +455,7 @@ class Run:
 
     def picture(self, step: int, path: Path) -> None:
         """Show a PNG that was written to samples/ in TensorBoard too."""
-        if self.journal is not None and not self.rehearsing:
+        if self.journal is not None and path.exists():
             self.journal.picture(step, path)
 
     def say(self, text: str) -> None:

@@ -58,7 +58,7 @@ class Validation:
         run: Run,
     ) -> None:
         self.data, self.vae, self.scheduler, self.args = data, vae, scheduler, args
-        self.precision, self.device = precision, precision.device
+        self.precision, self.device, self.run = precision, precision.device, run
         held = data.indices("val")
         picked = np.linspace(0, len(held) - 1, min(args.val_samples, len(held))).round()
         self.rows = [held[int(i)] for i in picked]
@@ -178,7 +178,8 @@ class Validation:
         agreement = np.concatenate(distributed.gather(agreement))
         shown = np.concatenate(distributed.gather(drawn[:GRID]))[:GRID]
         if distributed.is_main():
-            write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
+            with self.run.keep_going(grid):
+                write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
         values = {**self.metrics.compute(), "dice": float(agreement.mean())}
         return {**values, **self.copying(latents)}
 

@@ -366,7 +366,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(tmp_path, monkeypatch
             monkeypatch.undo()
             said = capsys.readouterr().out
             assert "last.pth of step 4 could not be written: No space left" in said
-            assert "GiB are free, training goes on;" in said and "is of step 2, from before" in said
+            assert "GiB are free. Training goes on." in said and "is of step 2, from before" in said
             assert torch.load(run.last, weights_only=True)["step"] == 2
     run.close()
     assert torch.load(run.last, weights_only=True)["step"] == 8
