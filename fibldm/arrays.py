@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 import tifffile
 
-from fibldm import ct, nifti
+from fibldm import ct, limits, nifti
 
 MAT_NUMBERS = (  # MATLAB's classes
     *("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -66,12 +66,17 @@ def load(path: Path, variable: str | None = None) -> np.ndarray:
     kind = kind_of(path)
     try:
         if kind in ("npz", "mat"):
-            return np.squeeze(_read_variable(path, _choose(path, variable)))
+            name = _choose(path, variable)
+            limits.require_values(path, _shapes(path)[name], limits.VOLUME)
+            return np.squeeze(_read_variable(path, name))
         if kind == "npy":
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            limits.require_values(path, array.shape, limits.VOLUME)
+            array = np.array(array)
         elif kind == "tiff":
             with tifffile.TiffFile(path) as file:
                 _require_one(file)
+                limits.require_values(path, file.series[0].shape, limits.VOLUME)
                 array = file.series[0].asarray()
                 channels = file.series[0].axes.find("S")
             if channels >= 0:

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from fibldm.environment import environment
+from fibldm.limits import require_stored
 
 VERSION = 1
+LARGEST, MOST_BLOCKS = 2**16, 64  # sizes, and blocks of a resolution, in a network's config
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -73,12 +75,24 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+class Content(dict):
+    """What a checkpoint holds; a name that it lacks is a ValueError with the file's name."""
+
+    def __init__(self, path: Path, content: dict) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path}: {name} is missing in it; damaged, or of another version")
+
+
 def load(path: str | Path, kind: str) -> dict:
     """Read what `save` wrote; raise ValueError if it is missing, damaged or of another kind."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a {kind} checkpoint")
     try:
+        require_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can lead to any
         reason = str(error).split("\n")[0][:200]
@@ -95,7 +109,53 @@ def load(path: str | Path, kind: str) -> dict:
             f"{path}: written by a newer FibLDM: format {content['version']}, this one reads up to "
             f"{VERSION}"
         )
+    for name, (right, expected) in FACTS.items():
+        if name in content and not right(content[name]):
+            raise ValueError(f"{path}: its {name} is {content[name]!r:.80}, expected {expected}")
+    content = Content(path, content)
+    if "lineage" in content:
+        content["lineage"] = Content(path, content["lineage"])
     return content
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are(right: Callable[[object], bool], kind: type, value: object) -> bool:
+    """Whether a value is a list or dict whose items, or whose values, are all right."""
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, kind) and all(map(right, items))
+
+
+def _is_size(value: object, most: int = LARGEST) -> bool:
+    """A number of a network's config, or several: with larger ones building it might never end."""
+    if isinstance(value, list | tuple):
+        return len(value) <= MOST_BLOCKS and all(_is_size(part, most) for part in value)
+    return isinstance(value, int | float) and 0 <= value <= most
+
+
+def _is_config(value: object) -> bool:
+    return _are(_is_size, dict, value) and _is_size(value.get("blocks", 0), MOST_BLOCKS)
+
+
+def _is_window(value: object) -> bool:
+    two = isinstance(value, list | tuple) and len(value) == 2
+    return two and all(isinstance(end, int | float) for end in value) and value[0] < value[1]
+
+
+# What a checkpoint's parts must look like, where it has them.
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (_is_config, f"sizes to {LARGEST:,}, at most {MOST_BLOCKS} blocks"),
+    "lineage": (lambda v: _are(_is_text, dict, v), "hashes by name"),
+    "window": (_is_window, "two HU, the lower first"),
+    "classes": (lambda v: _are(_is_text, list, v), "a list of names"),
+    "split": (lambda v: _are(_is_size, dict, v), "seed and fractions"),
+    "state": (lambda v: _are(torch.is_tensor, dict, v), "tensors by name"),
+    "states": (lambda v: _are(lambda part: isinstance(part, dict), dict, v), "states by name"),
+    "pixel_spacing": (lambda v: v is None or (_is_size(v) and v > 0), "mm above 0"),
+    "contour_style": (lambda v: v is None or _is_text(v), "a name"),
+}
 
 
 def file_hash(path: str | Path) -> str:
@@ -122,13 +182,20 @@ def load_model(path: str | Path, model_class: type[Model], *parts: Any) -> tuple
     `parts` are positional constructor arguments that are no plain values (a ControlNet's U-Net).
     """
     content = load(path, model_class.kind)
+    config, state = content["config"], content["state"]
     try:
-        model = model_class(*parts, **content["config"])
-        model.load_state_dict(content["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        with torch.device("meta"):  # shapes alone: the weights of a config may fill the memory
+            shapes = model_class(*parts, **config).state_dict()
+        for name, tensor in shapes.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "absent"
+                raise RuntimeError(f"{name} is {found}, expected {tuple(tensor.shape)}")
+        model = model_class(*parts, **config)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
             f"{path}: its weights do not fit a {model_class.__name__} built from its config "
-            f"{content.get('config')}; it comes from another version: {error}"
+            f"{config}; it comes from another version: {error}"
         ) from error
     return model.requires_grad_(False).eval(), content
 
@@ -174,7 +241,7 @@ def load_training(
     for name, part in parts.items():
         try:
             part.load_state_dict(content["states"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: its {name} does not fit the one that these options build: {error}"
             ) from error

@@ -15,7 +15,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage, sparse
 
-from fibldm import dicom, nifti
+from fibldm import dicom, limits, nifti
 
 Window = tuple[float, float]
 AIR = dicom.AIR
@@ -28,6 +28,7 @@ SCALE_REMEDY = (
 )
 STYLES = ("filled", "outline")  # of contours
 PNG_LEVELS = 65535  # of the PNG files that are written, above 0
+PICTURES = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # none that runs programs, as EPS
 LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
 PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
 
@@ -63,7 +64,7 @@ def read_facts(folder: Path) -> Facts:
     if not path.is_file():
         return Facts()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = limits.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: expected JSON with numbers rescale_slope and rescale_intercept: {error}"
@@ -110,9 +111,11 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
     """Stored values (H, W) or (H, W, channels), and whether they already are HU."""
     name = path.name.lower()
     if name.endswith(".npy"):
-        return np.asarray(np.load(path, allow_pickle=False)), False
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # no larger than the file
+        limits.require_values(path, array.shape, limits.SLICE)
+        return np.array(array), False
     if name.endswith((".nii", ".nii.gz")):
-        volume = nifti.read_volume(path)
+        volume = nifti.read_volume(path, limits.SLICE)
         if volume.heights is None:  # as it is stored, its first axis as columns
             return np.squeeze(volume.values).T, True
         shape = volume.values.shape
@@ -120,10 +123,14 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
             raise ValueError(f"one slice, but not an axial one: {shape} from head to feet")
         return volume.values[0] if shape[0] == 1 else volume.values, True
     if name.endswith((".dcm", ".dicom")):
+        limits.require_inflatable(path)
         return dicom.read_frame(pydicom.dcmread(path)), True
     if name.endswith((".tif", ".tiff")):
-        return tifffile.imread(path), False
-    with Image.open(path) as image:
+        with tifffile.TiffFile(path) as file:
+            limits.require_values(path, file.series[0].shape, limits.SLICE)
+            return file.asarray(), False
+    with Image.open(path, formats=PICTURES) as image:
+        limits.require_values(path, image.size, limits.SLICE)
         if image.mode in ("P", "PA"):  # a palette may be of colours
             image = image.convert("RGB")
         elif image.mode in ("1", "LA"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fibldm import ct, distributed
+from fibldm import ct, distributed, limits
 from fibldm.checkpoint import file_hash, require_equal, sync_folder
 from fibldm.environment import environment
 from fibldm.training import Batches, item_generator, item_noise, item_uniform, next_row
@@ -31,6 +31,7 @@ from fibldm.vae import LATENT_SCALE, VAE
 Item = TypeVar("Item")
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
+LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
 NOTHING = -1  # where fewer rows are unreadable
 SHARED_MEMORY = "/dev/shm"
 MEASURED = 512  # contours at most, evenly spaced, whose style is measured
@@ -139,6 +140,7 @@ def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
 
     Raises ValueError naming the file where it can't be read.
     """
+    limits.require_bytes(path, limits.TEXT)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -185,7 +187,7 @@ def parse_table(
         problems.append(TableProblem("short lines", short, message))
 
     # Rows, with their files and their split.
-    rows, missing, unknown = [], [], []
+    rows, missing, unknown, outside = [], [], [], []
     for line in lines[1:]:
         line = line + [""] * (len(header) - len(line))
         cells = {name: line[i] for name, i in column.items()}
@@ -195,7 +197,14 @@ def parse_table(
             unknown.append(part)
         rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
         pair = rows[-1].image, rows[-1].contour
-        missing += [name for name in pair if not (root / name).is_file()]
+        outside += [name for name in pair if not limits.inside(name)]
+        missing += [n for n in pair if limits.inside(n) and not (root / n).is_file()]
+    if outside:
+        message = (
+            f"{csv_file}: {len(outside)} paths do not stay below {root}, expected paths relative "
+            f"to it without ..:" + list_some([repr(name) for name in outside])
+        )
+        problems.append(TableProblem("paths that leave the folder", outside, message))
     if unknown:
         message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"
         problems.append(TableProblem("unknown split", unknown, message))
@@ -471,33 +480,67 @@ class LatentDataset:
                 "encode_dataset.py"
             )
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.meta = limits.read_json(self.folder / "meta.json")
+            limits.require_bytes(self.folder / "manifest.csv", limits.TEXT)
             with open(self.folder / "manifest.csv", newline="") as file:
                 lines = list(csv.DictReader(file))
-            self.latents = np.load(self.folder / "latents.npy", mmap_mode="r")
-            self.contours = np.load(self.folder / "contours.npy", mmap_mode="r")
-            self._heldout = np.load(self.folder / "heldout_images.npy", mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.folder}: damaged latent data set: {error}") from error
-        names = ("patient_id", "label", "split")
-        self.rows = [
-            Row(r["image"], "", *(r[name] for name in names), int(r.get("view") or 0))
-            for r in lines
-        ]
+            names = ("image", "patient_id", "label", "split")
+            cells = [[line[name] or "" for name in names] for line in lines]
+            views = [int(line.get("view") or 0) for line in lines]
+            self.latents, self.contours, self._heldout = (
+                self._open(name, dimensions)
+                for name, dimensions in (("latents", 4), ("contours", 4), ("heldout_images", 4))
+            )
+            self._read_facts()
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.folder}: damaged latent data set: {what}") from error
+        self.rows = [Row(c[0], "", *c[1:], view) for c, view in zip(cells, views, strict=True)]
         held = self.indices("val", "test")
-        counts = len(self.rows), len(self.latents), len(self.contours), len(self._heldout)
-        expected = len(self.rows), len(self.rows), len(self.rows), len(held)
-        require_equal(f"{self.folder}: rows of its files", counts, expected, "encode again")
+        for name, array, expected in (
+            ("latents", self.latents, len(self.rows)),
+            ("contours", self.contours, len(self.rows)),
+            ("heldout_images", self._heldout, len(held)),
+        ):
+            what = f"{self.folder / name}.npy: rows, by manifest.csv"
+            require_equal(what, len(array), expected, "copy it again, or encode again")
         self._heldout_position = {row: i for i, row in enumerate(held)}
 
-        scale = self.meta.get("latent_scale")
-        require_equal(f"{self.folder}: its latent scale", scale, LATENT_SCALE, "encode again")
-        self.window: ct.Window = tuple(self.meta["window"])
-        self.pixel_spacing: float | None = self.meta.get("pixel_spacing")  # mm, None: unknown
-        self.contour_style: str | None = self.meta.get("contour_style")  # of ct.STYLES
         self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]
         self.contour_channels, self.image_size = self.contours.shape[1:3]
+
+    def _open(self, name: str, dimensions: int) -> np.ndarray:
+        """A file's array, mapped; ValueError where it is shorter than its header says."""
+        path = self.folder / f"{name}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy raises anything on damaged headers
+            size = path.stat().st_size if path.is_file() else 0
+            raise ValueError(f"{path.name} of {size:,} bytes cannot be read: {error}") from error
+        if array.ndim != dimensions or array.dtype.kind not in "fui":
+            raise ValueError(f"{path.name}: {array.dtype} {array.shape}, expected {dimensions}D")
+        return array
+
+    def _read_facts(self) -> None:
+        """What meta.json says; ValueError, KeyError or TypeError where it says something else."""
+        if not isinstance(self.meta, dict):
+            raise ValueError("meta.json: expected an object")
+        scale = self.meta.get("latent_scale")
+        require_equal("meta.json: its latent scale", scale, LATENT_SCALE, "encode again")
+        low, high = (float(end) for end in self.meta["window"])
+        if not -np.inf < low < high < np.inf:
+            raise ValueError(f"meta.json: window {low:g} to {high:g}, expected two HU, LOW first")
+        self.window: ct.Window = low, high
+        spacing, style = self.meta.get("pixel_spacing"), self.meta.get("contour_style")
+        if spacing is not None and not 0 < float(spacing) < np.inf:
+            raise ValueError(f"meta.json: pixel_spacing {spacing}, expected mm above 0")
+        if style not in (None, *ct.STYLES):
+            raise ValueError(f"meta.json: contour_style {style!r}, expected {ct.STYLES}")
+        self.pixel_spacing: float | None = spacing  # mm, None: unknown
+        self.contour_style: str | None = style
+        if not all(isinstance(name, str) for name in self.meta["classes"]):
+            raise ValueError(f"meta.json: classes {self.meta['classes']!r}, expected names")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -527,15 +570,18 @@ class LatentDataset:
 
     def lineage(self, vae_file: str | Path) -> dict[str, str]:
         """Hashes of these latents and of their VAE; ValueError where `vae_file` is another."""
+        hashes = {name: self.meta.get(f"{name}_sha256") for name in LINEAGE}
+        absent = [name for name, digest in hashes.items() if not isinstance(digest, str)]
+        if absent:
+            raise ValueError(f"{self.folder}: meta.json has no SHA-256 of {absent}; encode again")
         vae = file_hash(vae_file) if Path(vae_file).is_file() else "no such file"
         require_equal(
             f"{vae_file}: its SHA-256",
             vae,
-            self.meta["vae_sha256"],
+            hashes["vae"],
             f"the VAE that {self.folder} was encoded with; encode again, or give that VAE",
         )
-        names = ("latents", "contours", "label_csv")
-        return {"vae": vae, **{name: self.meta[f"{name}_sha256"] for name in names}}
+        return hashes
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (N, C, h, w) as loaded, contours (N, K, H, W) and labels (N,) of the rows."""

@@ -11,7 +11,7 @@ from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
-from fibldm import __version__
+from fibldm import __version__, limits
 
 AIR = -1000.0  # HU
 AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
@@ -55,6 +55,9 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
 
     # Values as stored; bits above BitsStored, where old files keep overlays, are cut off, also of
     # the padding's value.
+    sides = [int(dataset.get(name) or 0) for name in ("Rows", "Columns")]
+    if min(sides) < 1 or sides[0] * sides[1] > limits.SLICE:
+        raise ValueError(f"{sides[0]}x{sides[1]} pixels, expected at most {limits.SLICE:,}")
     stored = pixel_array(dataset, index=frame)
     spare = 0
     if stored.dtype.kind in "iu":
@@ -141,6 +144,7 @@ _HEADER_TAGS = (
 def read_headers(path: Path) -> list[Header]:
     """The slices of a DICOM file; ValueError where it is none or can't be read."""
     try:
+        limits.require_inflatable(path)
         dataset = pydicom.dcmread(
             path, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS)
         )

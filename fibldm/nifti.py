@@ -6,6 +6,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from fibldm import limits
+
 AXIAL = 0.94  # cosine: axes may be tilted by 20 degrees
 MM = {"meter": 1000.0, "micron": 0.001}  # of a unit; others are taken as mm
 
@@ -31,8 +33,8 @@ def depth(path: Path) -> int:
     return sum(n > 1 for n in _open(path).shape)
 
 
-def read_volume(path: Path) -> Volume:
-    """Read a slice or a volume, turned upright by its affine.
+def read_volume(path: Path, most: int = limits.VOLUME) -> Volume:
+    """Read a slice or a volume of at most `most` values, turned upright by its affine.
 
     Raises ValueError naming the file where it can't be decoded, its affine is broken, or its axes
     are oblique.
@@ -41,6 +43,7 @@ def read_volume(path: Path) -> Volume:
     if len(image.shape) < 2 or any(n != 1 for n in image.shape[3:]):
         raise ValueError(f"{path}: an array of {image.shape}, expected a slice or a volume")
     try:
+        limits.require_values(path, image.shape, most)
         values = image.get_fdata(dtype=np.float32)
     except Exception as error:  # nibabel raises anything on damaged files
         raise ValueError(f"{path}: cannot be decoded as NIfTI: {error}") from error
@@ -69,6 +72,7 @@ def read_volume(path: Path) -> Volume:
 
 def _open(path: Path) -> nibabel.Nifti1Image:
     try:
+        limits.require_nifti(path)
         return nibabel.load(path)
     except FileNotFoundError:
         raise

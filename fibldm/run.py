@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fibldm import distributed
+from fibldm import distributed, limits
 from fibldm.checkpoint import Stateful, load_training, replace_text, save_model, save_training
 from fibldm.environment import environment
 from fibldm.journal import Journal
@@ -477,8 +477,8 @@ class Run:
 def read_settings(file: Path) -> dict:
     """What args.json holds; ValueError where it is damaged."""
     try:
-        settings = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        settings = limits.read_json(file)
+    except ValueError as error:
         raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: damaged: expected an object; use another --save_dir")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fibldm import ct
+from fibldm import ct, limits
 from fibldm.checkpoint import file_hash
 from fibldm.datasets import Row, list_some
 
@@ -75,6 +75,9 @@ def read_samples_table(path: Path, rows: list[Row]) -> tuple[list[Sample], dict[
         raise ValueError(f"{path}: cannot be read as a table: {error}") from error
     if lines and not lines[0].get("file"):
         raise ValueError(f"{path}: columns {list(lines[0])}, expected file, contour, label")
+    outside = [line["file"] for line in lines if not limits.inside((line["file"] or "").strip())]
+    if outside:
+        raise ValueError(f"{path}: files that are not beside it:{list_some(outside)}")
     known = {row.image: i for i, row in enumerate(rows)}
     items, lost = [], []
     for line in lines:

@@ -1,7 +1,6 @@
 """Series of axial CT slices below folders, whatever their format: found, and read upright in HU."""
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ import numpy as np
 import pydicom
 from pydicom.uid import ImplicitVRLittleEndian
 
-from fibldm import arrays, ct, dicom, nifti
+from fibldm import arrays, ct, dicom, limits, nifti
 from fibldm.datasets import SPLITS, read_lines
 from fibldm.inspection import hu_problem
 
@@ -216,7 +215,7 @@ def _natural(name: str) -> list:
 def _json(path: Path) -> dict:
     """A JSON file's object; empty where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = limits.read_json(path) if path.is_file() else {}
     except (OSError, ValueError):
         content = {}
     return content if isinstance(content, dict) else {}
@@ -370,6 +369,10 @@ def _table_series(
         path = table.parent / cells.get("image", "")
         mask = table.parent / cells["contour"] if cells.get("contour") else None
         try:
+            outside = [n for n in (cells.get("image", ""), cells.get("contour")) if n]
+            outside = [name for name in outside if not limits.inside(name)]
+            if outside:
+                raise ValueError(f"a path out of the table's folder: {outside[0]}")
             missing = [str(p) for p in (path, mask) if p and not p.is_file()]
             if missing:
                 raise ValueError(f"missing, listed in {table}: {missing[0]}")
@@ -438,6 +441,7 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     header = source.header
     try:
         if opened.get("path") != source.path:
+            limits.require_inflatable(source.path)
             file = pydicom.dcmread(source.path, force=True)
             if (
                 "TransferSyntaxUID" not in file.file_meta

@@ -95,7 +95,7 @@ def test_the_same_content_has_the_same_bytes(tmp_path):
 
 def test_loaded_content_is_written_with_the_same_bytes_again(tmp_path):
     """Its strings are other objects, and those that were one object may be two."""
-    content = {**CONTENT, "states": {"names": "vae", "weights": {"kind": ("vae", [0.5])}}}
+    content = {**CONTENT, "extra": {"names": "vae", "weights": {"kind": ("vae", [0.5])}}}
     save(tmp_path / "a.pth", content)
     save(tmp_path / "b.pth", load(tmp_path / "a.pth", "vae") | {"kind": "".join("vae")})
     assert file_hash(tmp_path / "a.pth") == file_hash(tmp_path / "b.pth")

@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "environment": set(),
     "heartbeat": set(),
     "distributed": {"heartbeat"},
-    "checkpoint": {"environment"},
+    "checkpoint": {"environment", "limits"},
     "journal": {"checkpoint"},
-    "ct": {"dicom", "nifti"},
-    "nifti": set(),
-    "arrays": {"ct", "nifti"},
-    "series": {"arrays", "ct", "datasets", "dicom", "inspection", "nifti"},
-    "dicom": set(),
+    "limits": set(),
+    "ct": {"dicom", "limits", "nifti"},
+    "nifti": {"limits"},
+    "arrays": {"ct", "limits", "nifti"},
+    "series": {"arrays", "ct", "datasets", "dicom", "inspection", "limits", "nifti"},
+    "dicom": {"limits"},
     "lungs": set(),
     "inspection": {"ct", "lungs"},
     "diagnosis": {"inspection"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "disease": {"ct", "scores"},
     "plots": set(),
     "report": {"ct", "scores"},
-    "samples": {"checkpoint", "ct", "datasets"},
+    "samples": {"checkpoint", "ct", "datasets", "limits"},
     "evaluation": {
         *("ct", "datasets", "disease", "lungs", "metrics", "privacy", "samples", "vae"),
     },
@@ -52,7 +53,7 @@ MAY_IMPORT = {
         "scores",
     },
     "training": {"distributed"},
-    "run": {"checkpoint", "distributed", "environment", "journal", "training"},
+    "run": {"checkpoint", "distributed", "environment", "journal", "limits", "training"},
 }
 
 

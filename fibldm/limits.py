@@ -1,0 +1,115 @@
+"""How much a file may ask for, found in its header before anything is allocated.
+
+A few bytes can claim, or decompress to, more than a machine has ("decompression bombs").
+"""
+
+import gzip
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SLICE = 2**26  # values of a slice: 8192 x 8192
+VOLUME = 2**31  # values of a volume: 1024 x 1024 x 2048
+SMALL = 2**29  # values that a file may hold however well it is compressed: 512 x 512 x 2048
+RATIO = 200  # values of a byte of a larger file, at most: label maps compress far better than CT
+TEXT = 2**28  # bytes of a table
+SETTINGS = 2**24  # bytes of a JSON file
+HEADER = 2**20  # bytes before the voxels of a NIfTI file
+DEFLATED = 2**29  # bytes that a deflated DICOM file may inflate to
+PIECE = 2**20
+
+
+def require_values(path: Path, shape: Sequence[int], most: int) -> None:
+    """ValueError where an array of this shape has more values than `most`, or than its file can
+    plausibly hold, or a negative side.
+    """
+    shape = tuple(int(n) for n in shape)
+    count = math.prod(shape)
+    plausible = max(SMALL, RATIO * Path(path).stat().st_size)
+    if min(shape, default=0) < 0 or count > min(most, plausible):
+        raise ValueError(
+            f"its header claims an array of {shape}, {count:,} values; expected at most "
+            f"{min(most, plausible):,}: damaged, or made to fill the memory"
+        )
+
+
+def require_bytes(path: Path, most: int) -> None:
+    """ValueError where a file is larger than `most`."""
+    size = Path(path).stat().st_size
+    if size > most:
+        raise ValueError(f"{path}: {size:,} bytes, expected at most {most:,}")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError where it is too large, too deep or no JSON."""
+    require_bytes(path, SETTINGS)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: brackets nested too deeply") from error
+
+
+def require_stored(path: Path) -> None:
+    """ValueError where a checkpoint is not what torch.save writes: a ZIP file whose parts are not
+    compressed and have the checksums that it gives. torch.load would also take older forms, parts
+    that inflate, and bytes that were changed.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+            total = sum(part.file_size for part in parts)
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("compressed parts, expected them as torch.save writes them")
+            if total > path.stat().st_size:
+                raise ValueError(f"parts of {total:,} bytes, more than the file has: they overlap")
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+        raise ValueError(f"not a ZIP file, as torch.save writes them: {error}") from error
+    if damaged:
+        raise ValueError(f"{damaged} in it is not as it was written (CRC-32)")
+
+
+def require_nifti(path: Path) -> None:
+    """ValueError where a NIfTI header puts the voxels so far back that reading up to them would
+    fill the memory; nibabel reads what lies between.
+    """
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    with opened(path, "rb") as file:
+        head = file.read(540)
+    for order in "<", ">":
+        if len(head) >= 348 and struct.unpack(f"{order}i", head[:4])[0] == 348:
+            offset = struct.unpack(f"{order}f", head[108:112])[0]
+        elif len(head) >= 540 and struct.unpack(f"{order}i", head[:4])[0] == 540:
+            offset = struct.unpack(f"{order}q", head[168:176])[0]
+        else:
+            continue
+        if not 0 <= offset <= HEADER:
+            raise ValueError(f"its voxels start at byte {offset:g}, expected at most {HEADER:,}")
+
+
+def require_inflatable(path: Path) -> None:
+    """ValueError where a deflated DICOM file inflates to more than DEFLATED bytes."""
+    with open(path, "rb") as file:
+        head = file.read(PIECE)
+        place = head.find(b"1.2.840.10008.1.2.1.99", 0, 2**12)
+        if head[128:132] != b"DICM" or place < 0 or head[140:144] == b"":
+            return
+        file.seek(144 + int.from_bytes(head[140:144], "little"))
+        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        rest = file.read(PIECE)
+        while rest and not inflate.eof:
+            total += len(inflate.decompress(rest, PIECE))
+            if total > DEFLATED:
+                raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
+            rest = inflate.unconsumed_tail or file.read(PIECE)
+
+
+def inside(name: str) -> bool:
+    """Whether a path of a table stays below the folder that it is relative to."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
