@@ -30,7 +30,7 @@ import train_ldm_unet
 import train_vae
 from fibldm import ct
 from fibldm.checkpoint import file_hash, load_model
-from fibldm.datasets import LatentDataset
+from fibldm.datasets import LatentDataset, Split, read_table
 from fibldm.grain import grain_loss
 from fibldm.losses import structural_loss
 from fibldm.muon import Muon
@@ -536,6 +536,107 @@ def test_a_finished_run_is_left_as_it_is(stages, phantoms, tmp_path):
     before = (tmp_path / "unet" / "unet_best.pth").read_bytes()
     run(train_ldm_unet, unet_options(stages, tmp_path / "unet", "--steps", "4"))
     assert (tmp_path / "unet" / "unet_best.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_preflight_changes_nothing(stage, stages, phantoms, tmp_path, capsys):
+    """Of all that follows: with it and without it, also where a run goes on."""
+    for name, before in ("with", []), ("without", ["--no_preflight"]):
+        for steps in "3", "6":
+            words = ("--steps", steps, "--val_interval", "3", *before)
+            arguments = options(stage, stages, phantoms, tmp_path / name, *words)
+            arguments.remove("--no_preflight")
+            run(SCRIPTS[stage], arguments)
+        said = capsys.readouterr().out
+        assert said.count("preflight: a step, a validation") == 2 * (name == "with")
+    assert_same_state(tmp_path / "with" / "last.pth", tmp_path / "without" / "last.pth")
+    rows = [read_log(tmp_path / name) for name in ("with", "without")]
+    for with_it, without in zip(*rows, strict=True):
+        assert with_it | {"train/images_per_s": 0} == without | {"train/images_per_s": 0}
+
+
+def test_what_a_result_was_computed_with_is_kept_in_every_file(stages, tmp_path):
+    run(sample, sample_options(stages, tmp_path, "--latent_data_dir", str(stages / "latents")))
+    kept = [json.loads((tmp_path / "args.json").read_text())["environment"]]
+    kept += [json.loads((stages / "latents" / "meta.json").read_text())["environment"]]
+    for stage in SCRIPTS:
+        kept += [json.loads((stages / stage / "args.json").read_text())["environment"]]
+        for path in (stages / stage).glob("*.pth"):
+            kept.append(torch.load(path, weights_only=True)["environment"])
+    assert len(kept) == 2 + 3 * 3
+    for found in kept:
+        assert found["packages"]["torch"] == torch.__version__.split("+")[0] or (
+            found["packages"]["torch"] == torch.__version__
+        )
+        assert found["command"] == shlex.join(sys.argv) and found["gpus"] == []
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        assert (found["git_commit"] or "").startswith(commit)
+
+
+# What goes wrong under way
+
+
+def spoil_after(monkeypatch, step: int, path: Path) -> None:
+    """An image becomes unreadable when a step begins."""
+    train_step = train_vae.item_noise
+
+    def watched(seed, stream, number, *rest):
+        if number == step and path.stat().st_size > 10:
+            path.write_bytes(b"gone")
+        return train_step(seed, stream, number, *rest)
+
+    monkeypatch.setattr(train_vae, "item_noise", watched)
+
+
+def test_an_image_that_becomes_unreadable_is_replaced_and_left_out_on_resume(
+    phantoms, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(phantoms, tmp_path / "data")
+    rows = list(csv.DictReader((tmp_path / "data" / "label.csv").open()))
+    bad = min(trained_rows(tmp_path / "data"))
+    spoil_after(monkeypatch, 3, tmp_path / "data" / rows[bad]["image"])
+    words = ["--steps", "12", "--save_interval", "4", "--max_bad_images", "1"]
+    run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", *words))
+    said = capsys.readouterr().out
+    assert f"rows [{bad}] of the table (from 0) cannot be read any more: 1 in all" in said
+    monkeypatch.undo()
+    words[1] = "16"
+    run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", *words))
+    last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert last["step"] == 16 and last["bad_images"] == [bad]
+    words[-1] = "0"
+    with pytest.raises(ValueError, match=rf"(?s)1 of 24 rows are bad.*{rows[bad]['image']}"):
+        run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", *words))
+
+
+def trained_rows(data: Path) -> set[int]:
+    """Rows that the tiny VAE trains on."""
+    table, _ = read_table(data / "label.csv", data, Split(0, 0.3, 0.1))
+    return {i for i, row in enumerate(table) if row.split == "train"}
+
+
+def test_an_image_that_becomes_unreadable_ends_the_run_by_name_unless_allowed(
+    phantoms, tmp_path, monkeypatch
+):
+    shutil.copytree(phantoms, tmp_path / "data")
+    rows = list(csv.DictReader((tmp_path / "data" / "label.csv").open()))
+    image = rows[min(trained_rows(tmp_path / "data"))]["image"]
+    spoil_after(monkeypatch, 3, tmp_path / "data" / image)
+    words = ["--steps", "12", "--save_interval", "2"]
+    with pytest.raises(ValueError, match=rf"{image}: cannot be decoded"):
+        run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", *words))
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] >= 2
+
+
+def test_a_table_that_changed_is_refused_on_resume(phantoms, tmp_path):
+    shutil.copytree(phantoms, tmp_path / "data")
+    run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", "--steps", "2"))
+    with (tmp_path / "data" / "label.csv").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"SHA-256 of its label_csv: found .*, expected"):
+        run(train_vae, vae_options(tmp_path / "data", tmp_path / "run", "--steps", "3"))
 
 
 # Processes, accumulation, precision
