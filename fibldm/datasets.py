@@ -339,7 +339,10 @@ class CTDataset(Dataset):
 
     def notes(self) -> list[str]:
         """What is assumed of the files: their scale, and whether they are resized."""
-        array, is_hu = ct.decode(self.root / self.rows[0].image)
+        unreadable = self.read_or_replace(0)[2] if self.max_bad else []
+        alike = self.indices(self.rows[0].split)
+        first = next_row(0, alike, unreadable) if unreadable else 0
+        array, is_hu = ct.decode(self.root / self.rows[first].image)
         notes = []
         if not is_hu and self.rescale is None:
             low, high = self.window
