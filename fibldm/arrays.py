@@ -75,8 +75,8 @@ def load(path: Path, variable: str | None = None) -> np.ndarray:
             array = np.array(array)
         elif kind == "tiff":
             with tifffile.TiffFile(path) as file:
+                limits.require_tiff(path, file, limits.VOLUME)
                 _require_one(file)
-                limits.require_values(path, file.series[0].shape, limits.VOLUME)
                 array = file.series[0].asarray()
                 channels = file.series[0].axes.find("S")
             if channels >= 0:
@@ -107,6 +107,7 @@ def dimensions(path: Path, variable: str | None) -> int:
             shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
         elif kind == "tiff":
             with tifffile.TiffFile(path) as file:
+                limits.require_tiff(path, file, limits.VOLUME)
                 _require_one(file)
                 of = zip(file.series[0].shape, file.series[0].axes, strict=True)
                 shape = [n for n, axis in of if axis != "S"]

@@ -127,7 +127,7 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
         return dicom.read_frame(pydicom.dcmread(path)), True
     if name.endswith((".tif", ".tiff")):
         with tifffile.TiffFile(path) as file:
-            limits.require_values(path, file.series[0].shape, limits.SLICE)
+            limits.require_tiff(path, file, limits.SLICE)
             return file.asarray(), False
     with Image.open(path, formats=PICTURES) as image:
         limits.require_values(path, image.size, limits.SLICE)

@@ -198,7 +198,7 @@ def parse_table(
         rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
         pair = rows[-1].image, rows[-1].contour
         outside += [name for name in pair if not limits.inside(name)]
-        missing += [n for n in pair if limits.inside(n) and not (root / n).is_file()]
+        missing += [n for n in pair if limits.inside(n) and not os.path.isfile(root / n)]
     if outside:
         message = (
             f"{csv_file}: {len(outside)} paths do not stay below {root}, expected paths relative "

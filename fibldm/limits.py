@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tifffile import TiffFile
+
 SLICE = 2**26  # values of a slice: 8192 x 8192
 VOLUME = 2**31  # values of a volume: 1024 x 1024 x 2048
 SMALL = 2**29  # values that a file may hold however well it is compressed: 512 x 512 x 2048
@@ -72,6 +74,14 @@ def require_stored(path: Path) -> None:
         raise ValueError(f"not a ZIP file, as torch.save writes them: {error}") from error
     if damaged:
         raise ValueError(f"{damaged} in it is not as it was written (CRC-32)")
+
+
+def require_tiff(path: Path, file: TiffFile, most: int) -> None:
+    """ValueError where the first picture is too large; and an end to a chain of pages that bites
+    its own tail, along which `series` would go on for ever.
+    """
+    len(file.pages)
+    require_values(path, file.series[0].shape, most)
 
 
 def require_nifti(path: Path) -> None:
