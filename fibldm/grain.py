@@ -19,7 +19,8 @@ def _bands(size: int) -> tuple[Tensor, Tensor]:
     """Of the frequencies that rfft2 gives for size x size: 1 in the grain's band, 0 below it; and
     the gain that gives white noise its spectrum there, with variance 1.
     """
-    at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
+    with torch.device("cpu"):  # it is kept, whatever the default device is now
+        at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
     radius = torch.hypot(at[:, None], half[None])
     band = (radius > CUTOFF).float()
     gain = band * radius.clamp(min=CUTOFF) ** (-SLOPE / 2)

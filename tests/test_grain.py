@@ -81,3 +81,10 @@ def test_grain_loss_wants_less_where_the_mean_has_more_texture_than_the_slice():
         loss = grain_loss(mean, logvar, x)
         (gradient,) = torch.autograd.grad(loss, logvar)
         assert loss.isfinite() and (gradient > 0).all()
+
+
+def test_what_is_kept_does_not_lie_on_another_default_device():
+    """As where a network's shapes are asked for before it is built."""
+    with torch.device("meta"):
+        assert grain(torch.zeros(1, 1, 14, 14)).is_meta
+    assert torch.isfinite(grain(torch.ones(1, 1, 14, 14))).all()
