@@ -191,15 +191,15 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if kind_of(path) == "npz":
         with zipfile.ZipFile(path) as file:
             shapes = {}
-            for name in file.namelist():
-                with file.open(name) as member:
-                    version = np.lib.format.read_magic(member)
-                    read = np.lib.format.read_array_header_1_0
-                    if version != (1, 0):
-                        read = np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(member)
+            for part in file.infolist():
+                if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("packed by another method than NumPy's")  # without a limit
+                with file.open(part) as member:
+                    if np.lib.format.read_magic(member) != (1, 0):  # its header may be of any size
+                        continue
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
                 if dtype.kind in "buif":
-                    shapes[name.removesuffix(".npy")] = shape
+                    shapes[part.filename.removesuffix(".npy")] = shape
             return shapes
     if h5py.is_hdf5(path):  # MATLAB 7.3; its axes are stored in reverse
         with h5py.File(path) as file:

@@ -4,20 +4,26 @@
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fibldm.environment import environment
 from fibldm.limits import require_stored
 
 VERSION = 1
-LARGEST, MOST_BLOCKS = 2**16, 64  # sizes, and blocks of a resolution, in a network's config
+LARGEST, MOST_BLOCKS = 2**12, 64  # sizes, and blocks of a resolution, in a network's config
+MOST_PIXELS = 128  # of a latent's side: a config with more would take minutes to build
+SPARE = 2**24  # numbers that building a model may take beyond its file's bytes
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -102,16 +108,18 @@ def load(path: str | Path, kind: str) -> dict:
         ) from error
     if not isinstance(content, dict) or not {"kind", "version"} <= content.keys():
         raise ValueError(f"{path}: not a FibLDM checkpoint (no kind and version in it)")
-    if content["kind"] != kind:
-        raise ValueError(f"{path}: expected a {kind} checkpoint, found kind {content['kind']!r}")
-    if content["version"] not in range(1, VERSION + 1):
+    found, version = content["kind"], content["version"]
+    if not _is_text(found) or found != kind:
+        raise ValueError(f"{path}: expected a {kind} checkpoint, found kind {short(found):.200}")
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path}: written by a newer FibLDM: format {content['version']}, this one reads up to "
+            f"{path}: written by a newer FibLDM: format {short(version):.80}, this one reads up to "
             f"{VERSION}"
         )
     for name, (right, expected) in FACTS.items():
         if name in content and not right(content[name]):
-            raise ValueError(f"{path}: its {name} is {content[name]!r:.80}, expected {expected}")
+            found = f"{short(content[name]):.200}"
+            raise ValueError(f"{path}: its {name} is {found}, expected {expected}")
     content = Content(path, content)
     if "lineage" in content:
         content["lineage"] = Content(path, content["lineage"])
@@ -123,25 +131,49 @@ def _is_text(value: object) -> bool:
 
 
 def _are(right: Callable[[object], bool], kind: type, value: object) -> bool:
-    """Whether a value is a list or dict whose items, or whose values, are all right."""
+    """Whether a value is a list whose items, or a dict of names whose values, are all right."""
+    if isinstance(value, dict) and not all(map(_is_text, value)):
+        return False
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, kind) and all(map(right, items))
+
+
+def _is_number(value: object, most: float = LARGEST) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= most
 
 
 def _is_size(value: object, most: int = LARGEST) -> bool:
     """A number of a network's config, or several: with larger ones building it might never end."""
     if isinstance(value, list | tuple):
-        return len(value) <= MOST_BLOCKS and all(_is_size(part, most) for part in value)
-    return isinstance(value, int | float) and 0 <= value <= most
+        return len(value) <= MOST_BLOCKS and all(_is_number(part, most) for part in value)
+    return _is_number(value, most)
 
 
 def _is_config(value: object) -> bool:
-    return _are(_is_size, dict, value) and _is_size(value.get("blocks", 0), MOST_BLOCKS)
+    if not _are(_is_size, dict, value) or not _is_size(value.get("blocks", 0), MOST_BLOCKS):
+        return False
+    sides = value.get("image_size", 0), value.get("latent_size", LARGEST)
+    return all(map(_is_number, sides)) and sides[0] <= MOST_PIXELS * sides[1]
 
 
 def _is_window(value: object) -> bool:
     two = isinstance(value, list | tuple) and len(value) == 2
-    return two and all(isinstance(end, int | float) for end in value) and value[0] < value[1]
+    numbers = two and all(isinstance(end, int | float) and math.isfinite(end) for end in value)
+    return numbers and value[0] < value[1]
+
+
+def _is_split(value: object) -> bool:
+    names = ("seed", "val_fraction", "test_fraction")
+    if not isinstance(value, dict) or not set(value) <= set(names):
+        return False
+    seed, *fractions = (value.get(name, 0) for name in names)
+    return isinstance(seed, int) and all(_is_number(part, 1) for part in fractions)
+
+
+def _is_weight(value: object) -> bool:
+    """A tensor as `save_model` writes it, with a value of its own for each element."""
+    plain = torch.is_tensor(value) and value.layout == torch.strided
+    return plain and not value.is_meta and not value.is_complex()
 
 
 # What a checkpoint's parts must look like, where it has them.
@@ -150,10 +182,10 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lineage": (lambda v: _are(_is_text, dict, v), "hashes by name"),
     "window": (_is_window, "two HU, the lower first"),
     "classes": (lambda v: _are(_is_text, list, v), "a list of names"),
-    "split": (lambda v: _are(_is_size, dict, v), "seed and fractions"),
-    "state": (lambda v: _are(torch.is_tensor, dict, v), "tensors by name"),
+    "split": (_is_split, "a seed and two fractions"),
+    "state": (lambda v: _are(_is_weight, dict, v), "tensors by name"),
     "states": (lambda v: _are(lambda part: isinstance(part, dict), dict, v), "states by name"),
-    "pixel_spacing": (lambda v: v is None or (_is_size(v) and v > 0), "mm above 0"),
+    "pixel_spacing": (lambda v: v is None or (_is_number(v) and v > 0), "mm above 0"),
     "contour_style": (lambda v: v is None or _is_text(v), "a name"),
 }
 
@@ -176,6 +208,22 @@ def save_model(path: str | Path, model: nn.Module, lineage: dict[str, str], **fa
     save(path, {**content, **facts, "state": state})
 
 
+class Allowance(TorchFunctionMode):
+    """Stops the building of a model whose config asks for more numbers than its file can hold."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.left = numbers
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in FACTORIES:
+            size = args[0] if args and isinstance(args[0], list | tuple) else args
+            self.left -= math.prod(n for n in size if isinstance(n, int))
+            if self.left < 0:
+                raise ValueError("the config asks for more weights than the file has")
+        return func(*args, **(kwargs or {}))
+
+
 def load_model(path: str | Path, model_class: type[Model], *parts: Any) -> tuple[Model, dict]:
     """Rebuild what `save_model` wrote, frozen and in eval mode; also return the file's content.
 
@@ -184,18 +232,17 @@ def load_model(path: str | Path, model_class: type[Model], *parts: Any) -> tuple
     content = load(path, model_class.kind)
     config, state = content["config"], content["state"]
     try:
-        with torch.device("meta"):  # shapes alone: the weights of a config may fill the memory
-            shapes = model_class(*parts, **config).state_dict()
-        for name, tensor in shapes.items():
+        with Allowance(Path(path).stat().st_size + SPARE):
+            model = model_class(*parts, **config)
+        for name, tensor in model.state_dict().items():
             if name not in state or state[name].shape != tensor.shape:
                 found = tuple(state[name].shape) if name in state else "absent"
-                raise RuntimeError(f"{name} is {found}, expected {tuple(tensor.shape)}")
-        model = model_class(*parts, **config)
+                raise ValueError(f"{name} is {found}, expected {tuple(tensor.shape)}")
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except Exception as error:  # a network of other numbers can raise any
         raise ValueError(
             f"{path}: its weights do not fit a {model_class.__name__} built from its config "
-            f"{config}; it comes from another version: {error}"
+            f"{config}; it comes from another version: {str(error)[:500]}"
         ) from error
     return model.requires_grad_(False).eval(), content
 

@@ -123,8 +123,7 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
             raise ValueError(f"one slice, but not an axial one: {shape} from head to feet")
         return volume.values[0] if shape[0] == 1 else volume.values, True
     if name.endswith((".dcm", ".dicom")):
-        limits.require_inflatable(path)
-        return dicom.read_frame(pydicom.dcmread(path)), True
+        return dicom.read_frame(dicom.read_file(path)), True
     if name.endswith((".tif", ".tiff")):
         with tifffile.TiffFile(path) as file:
             limits.require_tiff(path, file, limits.SLICE)

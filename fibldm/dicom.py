@@ -1,9 +1,11 @@
 """DICOM: which files make a series, their values in HU, and writing slices marked as synthetic."""
 
 import hashlib
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -17,6 +19,22 @@ AIR = -1000.0  # HU
 AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
 SAME_PLACE = 0.01  # mm
 OUTSIDE = -1500.0  # HU: no air is as dark, only marks of what is outside of the field of view
+
+
+class _Deflatable(io.BufferedReader):
+    """A file of which pydicom reads all the rest at once only to inflate it, without a limit."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        if size is None or size < 0:
+            limits.require_inflatable(content)
+        return content
+
+
+def read_file(path: Path, **options: Any) -> pydicom.Dataset:
+    """`pydicom.dcmread`; ValueError where a deflated file would fill the memory."""
+    with _Deflatable(io.FileIO(path)) as file:
+        return pydicom.dcmread(file, **options)
 
 
 def group(dataset: pydicom.Dataset, name: str, frame: int) -> pydicom.Dataset:
@@ -144,8 +162,7 @@ _HEADER_TAGS = (
 def read_headers(path: Path) -> list[Header]:
     """The slices of a DICOM file; ValueError where it is none or can't be read."""
     try:
-        limits.require_inflatable(path)
-        dataset = pydicom.dcmread(
+        dataset = read_file(
             path, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS)
         )
         if "SOPClassUID" not in dataset and "Modality" not in dataset:

@@ -61,6 +61,9 @@ def require_stored(path: Path) -> None:
     compressed and have the checksums that it gives. torch.load would also take older forms, parts
     that inflate, and bytes that were changed.
     """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # what torch.load takes for another form
+            raise ValueError("not a ZIP file, as torch.save writes them")
     try:
         with zipfile.ZipFile(path) as file:
             parts = file.infolist()
@@ -102,21 +105,14 @@ def require_nifti(path: Path) -> None:
             raise ValueError(f"its voxels start at byte {offset:g}, expected at most {HEADER:,}")
 
 
-def require_inflatable(path: Path) -> None:
-    """ValueError where a deflated DICOM file inflates to more than DEFLATED bytes."""
-    with open(path, "rb") as file:
-        head = file.read(PIECE)
-        place = head.find(b"1.2.840.10008.1.2.1.99", 0, 2**12)
-        if head[128:132] != b"DICM" or place < 0 or head[140:144] == b"":
-            return
-        file.seek(144 + int.from_bytes(head[140:144], "little"))
-        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        rest = file.read(PIECE)
-        while rest and not inflate.eof:
-            total += len(inflate.decompress(rest, PIECE))
-            if total > DEFLATED:
-                raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
-            rest = inflate.unconsumed_tail or file.read(PIECE)
+def require_inflatable(deflated: bytes) -> None:
+    """ValueError where raw deflated bytes inflate to more than DEFLATED bytes."""
+    inflate, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, deflated
+    while rest and not inflate.eof:
+        total += len(inflate.decompress(rest, PIECE))
+        rest = inflate.unconsumed_tail
+        if total > DEFLATED:
+            raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
 
 
 def inside(name: str) -> bool:

@@ -102,7 +102,10 @@ class Run:
         self.progress["bad_images"] = []
         if self.last.is_file():
             content = load_training(self.last, kind, parts, lineage, unchecked)
-            self.progress = {name: content[name] for name in self.progress}
+            known = self.progress.keys() & content.keys()  # a run of an older version knew fewer
+            self.progress |= {name: content[name] for name in known} | {"step": content["step"]}
+            as_it_was = {name: content["lineage"][name] for name in unchecked}
+            self.lineage = {**lineage, **as_it_was}
         elif any(self.folder.glob("*_best.pth")):
             raise ValueError(
                 f"{self.last}: no such file, but {self.folder} holds a trained run; put it back, "

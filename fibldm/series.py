@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.uid import ImplicitVRLittleEndian
 
 from fibldm import arrays, ct, dicom, limits, nifti
@@ -441,8 +440,7 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     header = source.header
     try:
         if opened.get("path") != source.path:
-            limits.require_inflatable(source.path)
-            file = pydicom.dcmread(source.path, force=True)
+            file = dicom.read_file(source.path, force=True)
             if (
                 "TransferSyntaxUID" not in file.file_meta
             ):  # a file without header is in DICOM's default

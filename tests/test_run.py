@@ -13,6 +13,7 @@ from torch import nn
 
 from fibldm import journal
 from fibldm import run as run_module
+from fibldm.checkpoint import save
 from fibldm.journal import read_log
 from fibldm.run import FREE_OPTIONS, SIGNALS, Run
 from fibldm.training import STOPPED, Batches
@@ -458,6 +459,38 @@ def test_the_last_n_checkpoints_are_kept_and_can_be_gone_back_to(tmp_path):
     assert run.progress["step"] == 6 == model.weight.item()
     train(run, model)
     assert model.weight.item() == 10
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its last.pth lacks what was not counted then."""
+    run, model = begin(tmp_path / "run", steps=2)
+    train(run, model)
+    content = torch.load(run.last, weights_only=True)
+    older = {name: value for name, value in content.items() if name != "skipped"}
+    save(run.last, older)
+    run, model = begin(tmp_path / "run", steps=3)
+    assert run.progress["step"] == 2 and run.progress["skipped"] == 0
+    run.close()
+    del older["step"]
+    save(run.last, older)
+    with pytest.raises(ValueError, match=r"last\.pth: step is missing in it"):
+        begin(tmp_path / "run", steps=3)
+
+
+def test_what_is_not_compared_of_the_lineage_stays_as_it_was(tmp_path):
+    """Files that became unreadable are not what they were; the rest of the run goes on as such."""
+    train(*begin(tmp_path / "run", steps=2))
+    for unchecked in [], ["label_csv"]:
+        run = Run(options(save_dir=str(tmp_path / "run"), steps=3), CPU)
+        parts = {"model": nn.Linear(1, 1, bias=False)}
+        if not unchecked:
+            with pytest.raises(ValueError, match="SHA-256 of its label_csv"):
+                run.resume("train_x", parts, {"label_csv": "b" * 64})
+            continue
+        run.resume("train_x", parts, {"label_csv": "b" * 64}, unchecked)
+        train(run, parts["model"])
+    last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert last["lineage"] == {"label_csv": "a" * 64} and last["step"] == 3
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
