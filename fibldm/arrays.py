@@ -206,7 +206,12 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {
                 name: item.shape[::-1]
                 for name, item in file.items()
-                if isinstance(item, h5py.Dataset) and item.dtype.kind in "buif"
+                if isinstance(item, h5py.Dataset)
+                and item.dtype.kind in "buif"
+                # No other file is read, to which links and the like may lead.
+                and isinstance(file.get(name, getlink=True), h5py.HardLink)
+                and not item.external
+                and not item.is_virtual
             }
     return {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}
 

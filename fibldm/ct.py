@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
 import tifffile
 from PIL import Image
 from scipy import ndimage, sparse

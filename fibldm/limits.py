@@ -107,12 +107,14 @@ def require_nifti(path: Path) -> None:
 
 def require_inflatable(deflated: bytes) -> None:
     """ValueError where raw deflated bytes inflate to more than DEFLATED bytes."""
-    inflate, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, deflated
-    while rest and not inflate.eof:
-        total += len(inflate.decompress(rest, PIECE))
-        rest = inflate.unconsumed_tail
-        if total > DEFLATED:
-            raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
+    inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for start in range(0, len(deflated), PIECE):
+        rest = deflated[start : start + PIECE]
+        while rest and not inflate.eof:
+            total += len(inflate.decompress(rest, PIECE))
+            rest = inflate.unconsumed_tail
+            if total > DEFLATED:
+                raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
 
 
 def inside(name: str) -> bool:

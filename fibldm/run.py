@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ FREE_OPTIONS = {
     *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
     *("keep_last", "max_bad_steps", "max_bad_images", "no_preflight", "environment"),
 }
+FREED = 20.0  # seconds in which the last processes of a killed run end
+_HELD: dict[Path, TextIO] = {}  # folders that this process trains in
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -126,6 +130,7 @@ class Run:
         self.saved_step = step
         if distributed.is_main():
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self._claim()
             for left in self.folder.glob(".*.tmp"):  # by a kill in the middle of a write
                 left.unlink()
             replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
@@ -134,6 +139,29 @@ class Run:
         if step:
             self.say(f"{self.folder}: going on after step {step} of {self.args.steps}")
         return self.progress
+
+    def _claim(self) -> None:
+        """Hold the folder while this process lives; ValueError where another process holds it."""
+        folder, until = self.folder.resolve(), time.monotonic() + FREED
+        if folder in _HELD:
+            return
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (the lock goes with it)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _HELD[folder] = file
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"{self.folder}: another process is training in it; wait until it has "
+                        "ended, or use another --save_dir"
+                    ) from None
+                time.sleep(0.2)
+            except OSError as error:
+                text = f"{self.folder}: its file system has no locks ({error.strerror})"
+                self.warn([f"{text}: do not start the same run twice at a time"])
+                return
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.saved:
@@ -475,6 +503,8 @@ class Run:
     def close(self) -> None:
         if self.journal is not None:
             self.journal.close()
+        if (held := _HELD.pop(self.folder.resolve(), None)) is not None:
+            held.close()
 
 
 def read_settings(file: Path) -> dict:

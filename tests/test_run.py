@@ -4,6 +4,8 @@ import errno
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -461,6 +463,24 @@ def test_the_last_n_checkpoints_are_kept_and_can_be_gone_back_to(tmp_path):
     assert model.weight.item() == 10
 
 
+def test_two_processes_cannot_train_in_one_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    hold = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); "
+    hold += "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    folder.mkdir()
+    monkeypatch.setattr(run_module, "FREED", 0.3)
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"run: another process is training in it"):
+            begin(folder)
+        assert sorted(path.name for path in folder.iterdir()) == [".lock", "samples"]
+        monkeypatch.setattr(run_module, "FREED", 30)
+        other.kill()  # its lock goes with it
+        run, _ = begin(folder)
+        run.close()
+
+
 def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its last.pth lacks what was not counted then."""
     run, model = begin(tmp_path / "run", steps=2)
@@ -526,7 +546,8 @@ def test_a_preflight_takes_a_step_and_undoes_it(tmp_path, outcome, capsys):
     assert asked == [(1, run.folder / ".preflight")]
     assert "preflight: a step, a validation and a checkpoint of" in capsys.readouterr().out
     assert model.weight.item() == 0 and run.progress["skipped"] == 0
-    assert {path.name for path in run.folder.iterdir()} == {"args.json", "samples", "tensorboard"}
+    names = {".lock", "args.json", "samples", "tensorboard"}
+    assert {path.name for path in run.folder.iterdir()} == names
     train(run, model)
     assert [row["train/loss"] for row in read_log(run.folder)] == [1, 2, 3]
     run, model, asked = rehearsed(tmp_path / "run", steps=5)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, unet_options, vae_options
-from killing import contents, differences
+from killing import SCRIPTS, contents, differences
+
+from fibldm.datasets import Split, read_table
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = ["--steps", "30", "--save_interval", "5", "--val_interval", "10", "--log_interval", "1"]
@@ -27,7 +29,7 @@ class Launched:
     ):
         folder.mkdir(exist_ok=True)
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", *more]
-        command += [str(ROOT / f"{script}.py"), *map(str, options)]
+        command += [str(ROOT / f"{script}.py" if script in SCRIPTS else script), *map(str, options)]
         weights = folder.parent / "no_weights"
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -232,6 +234,48 @@ def test_two_nodes_in_network_namespaces(stages, undisturbed, tmp_path, full, ta
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+TROUBLE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import train_vae
+from fibldm import distributed
+from fibldm.run import Run
+from fibldm.training import run_script
+average, suspect = Run.average, Run.suspect
+seen = []
+def average_of_one(self, **values):
+    seen.append(values)
+    if distributed.rank() == 1 and len(seen) == 3:
+        values["loss"] = torch.tensor(float("inf"))  # its gradient is as it should be
+    average(self, **values)
+def suspect_of_one(self, rows):
+    suspect(self, torch.tensor([{row}]) if distributed.rank() == 1 and len(seen) == 4 else rows)
+Run.average, Run.suspect = average_of_one, suspect_of_one
+run_script(train_vae.main, train_vae.parse_args)
+"""
+
+
+def test_what_one_rank_finds_all_act_upon(phantoms, tmp_path, tally):
+    """A loss that is not finite on one rank, an image that one cannot read: rank 0 says it too."""
+    survived = tally("a loss that is not finite, an unreadable image, on one of two ranks")
+    table, _ = read_table(phantoms / "label.csv", phantoms, Split(0, 0.3, 0.1))
+    row = next(i for i, of in enumerate(table) if of.split == "train")
+    script = tmp_path / "trouble.py"
+    script.write_text(TROUBLE.format(root=str(ROOT), row=row))
+    more = ["--steps", "8", "--save_interval", "2", "--log_interval", "1", "--max_bad_images", "1"]
+    launched = Launched(
+        tmp_path / "run", str(script), vae_options(phantoms, "run", *more), *standalone(2)
+    )
+    ended_well(launched)
+    assert "step 3: loss not finite; it is skipped" in launched.output()
+    assert f"rows [{row}] of the table (from 0) cannot be read" in launched.output()
+    last = torch.load(tmp_path / "run" / "run" / "last.pth", weights_only=True)
+    assert last["skipped"] == 1 and last["states"]["ema"]["updates"] == 7
+    assert last["bad_images"] == [row]
+    survived()
 
 
 def test_a_rank_that_is_stopped_is_named(stages, tmp_path, tally):
