@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class Run:
         self.totals: dict[str, Tensor] = {}  # of the steps taken since the last log line
         self.counts: dict[str, int] = {}
         self.suspects: set[int] = set()
+        self.handlers: dict[int, Any] = {}  # of signals, before this run
         self.started = self.left = time.monotonic()
         self.deadline = self.started + args.time_limit if args.time_limit else float("inf")
 
@@ -125,8 +126,7 @@ class Run:
         if step > self.args.steps:
             raise ValueError(f"{self.last} is at step {step}, beyond --steps {self.args.steps}")
 
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        self.handlers = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         self.saved_step = step
         if distributed.is_main():
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -501,6 +501,9 @@ class Run:
             self.say(f"WARNING: {warning}")
 
     def close(self) -> None:
+        """Close the log, let go of the folder, and give the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.journal is not None:
             self.journal.close()
         if (held := _HELD.pop(self.folder.resolve(), None)) is not None:

@@ -179,6 +179,14 @@ def test_a_signal_saves_and_leaves_after_the_step(tmp_path, number, capsys):
     run.close()
 
 
+def test_a_run_that_is_closed_gives_the_signals_back(tmp_path):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    run, _ = begin(tmp_path / "run")
+    assert all(signal.getsignal(number) == run._on_signal for number in SIGNALS)
+    run.close()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
 def test_a_second_signal_ends_at_once_with_its_own_code(tmp_path):
     run, _ = begin(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:

@@ -107,8 +107,8 @@ def test_a_signal_to_torchrun_saves_at_one_step(number, stages, undisturbed, tmp
         pytest.skip("with --chaos full")
     survived = tally(f"{number} to torchrun")
     options = unet_options(stages, "run", *STEPS)
-    handled = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-    launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2), **handled)
+    handled = f"--signals_to_handle={number}"
+    launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2), handled)
     launched.until("step 12/30  train")
     launched.process.send_signal(getattr(signal, number))
     assert launched.end() != 0
