@@ -371,6 +371,7 @@ def main(args: argparse.Namespace) -> None:
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(mine), initial=len(attempts), desc="sampling", disable=quiet) as bar:
         for items in chunks([i for i in mine if i not in attempts], args.batch_size):
+            distributed.alive()
             kept, copied = draw_no_copies(items, args.seed, draw, find_copied)
             copies += copied
             for i, (image, attempt) in sorted(kept.items()):

@@ -218,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
         run.warn(reconstruction_warnings(values["brightness"], values["contrast"]))
         best = copy.deepcopy(ema.model) if run.is_best(values["loss"]) else None
         if best is not None:
-            trained = measure_latents(best, data, train_rows, args, device)
+            trained = measure_latents(best, data, train_rows, run)
             values |= heldout_latents(trained, heldout)
         run.log(step, values, "val")
         if best is not None:
@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         train_step(step, iter(load_batches(data, batches, args.num_workers)))
         few = val_rows[: BATCH * distributed.world_size()]
         validate_on(few, folder / "panel.png")
-        measure_latents(ema.model, data, few, args, device)
+        measure_latents(ema.model, data, few, run)
 
     # Train.
     run.preflight(rehearse)
@@ -300,6 +300,8 @@ def validate(
     sums = torch.zeros(3, vae.config["latent_dim"], dtype=torch.float64, device=run.device)
     parts = chunks(mine, BATCH)
     for part, batch in zip(parts, load_batches(data, parts, 0), strict=True):
+        distributed.alive()
+        run.suspect(batch["unreadable"])
         x = batch["image"].to(run.device)
         posterior = vae.encode(x)
         offsets = item_uniform(0, "val", 0, part, 2)  # each slice's own, always the same
@@ -329,15 +331,16 @@ def validate(
 
 
 @torch.no_grad()
-def measure_latents(
-    vae: VAE, data: CTDataset, rows: list[int], args: argparse.Namespace, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def measure_latents(vae: VAE, data: CTDataset, rows: list[int], run: Run) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of each latent channel over training slices."""
     picked = evenly(len(rows), MEASURED)
     mine = [rows[picked[i]] for i in distributed.share(len(picked))]
-    sums = torch.zeros(2, args.latent_dim, dtype=torch.float64, device=device)
+    args, latent_dim = run.args, vae.config["latent_dim"]
+    sums = torch.zeros(2, latent_dim, dtype=torch.float64, device=run.device)
     for batch in load_batches(data, chunks(mine, BATCH), args.num_workers):
-        mean = vae.encode(batch["image"].to(device)).mean.double()
+        distributed.alive()
+        run.suspect(batch["unreadable"])
+        mean = vae.encode(batch["image"].to(run.device)).mean.double()
         sums += torch.stack([mean, mean.square()]).sum(dim=(1, 3, 4))
     return moments(distributed.sum_over_ranks(sums), len(picked) * args.latent_size**2)
 

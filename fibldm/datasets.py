@@ -366,6 +366,7 @@ class CTDataset(Dataset):
         """
 
         def problem_or_size(row: int) -> str | tuple[int, int]:
+            distributed.alive()
             try:
                 return self.read_pair(row)[0].shape
             except ValueError as error:
@@ -681,6 +682,7 @@ def write_latents(
     latents, before = None, []
     quiet = None if distributed.is_main() else True
     for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
+        distributed.alive()
         rows = batch["row"].tolist()
         with torch.no_grad():
             encoded = vae.encode(images).mean * LATENT_SCALE

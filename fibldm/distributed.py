@@ -54,7 +54,7 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
         alarm.start()
         dist.init_process_group(
             "nccl" if gpu else "gloo",
-            timeout=timedelta(minutes=2 * timeout + 1),  # the heartbeat knows more: it goes first
+            timeout=timedelta(minutes=4 * timeout + 1),  # the heartbeat knows more: it goes first
             device_id=torch.device(device) if gpu else None,
         )
         alarm.cancel()
@@ -106,6 +106,12 @@ def mark() -> None:
     """Note that this rank has come as far as the next place where all wait for each other."""
     if _heartbeat is not None:
         _heartbeat.marks += 1
+
+
+def alive() -> None:
+    """Note that this rank is at work, where it does much without waiting for the others."""
+    if _heartbeat is not None:
+        _heartbeat.work += 1
 
 
 def barrier() -> None:

@@ -6,24 +6,36 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 
 
+class State(NamedTuple):
+    """How far a rank is: `idle` seconds since it has done anything, `place` a line of code."""
+
+    beats: int
+    marks: int
+    idle: float
+    place: str
+
+
 class Heartbeat(threading.Thread):
     """A thread that ends its process, naming the rank at fault, when nothing moves any more.
 
-    `marks` counts the places where all ranks wait for each other that this rank has come to. The
-    ranks that wait are one ahead of the rank they wait for; one that is stopped, or whose machine
-    is gone, does not beat at all. Works with any backend, and where a collective call would wait
+    `marks` counts the places where all ranks wait for each other that this rank has come to: those
+    that wait are ahead of the rank they wait for. `work` counts what it does in between, so that
+    one that is slow is not taken for one that hangs. One that is stopped, or whose machine is
+    gone, does not beat at all. Works with any backend, and where a collective call would wait
     for ever: it talks through the store at MASTER_ADDR and MASTER_PORT.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.rank, self.ranks, self.timeout, self.marks = rank, range(world_size), timeout, 0
+        self.rank, self.ranks, self.timeout = rank, range(world_size), timeout
+        self.marks, self.work, self.idle = 0, 0, 0.0
         self.pause = min(10.0, timeout / 10)  # seconds between beats
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.keys = [f"fibldm/{attempt}/{r}" for r in self.ranks]
@@ -39,7 +51,8 @@ class Heartbeat(threading.Thread):
 
     def beat(self) -> None:
         self.beats += 1
-        self.store.set(self.keys[self.rank], f"{self.beats} {self.marks} {self.place()}")
+        state = f"{self.beats} {self.marks} {self.idle:.3f} {self.place()}"
+        self.store.set(self.keys[self.rank], state)
 
     def place(self) -> str:
         """The line of this project that the main thread is in."""
@@ -51,41 +64,43 @@ class Heartbeat(threading.Thread):
             frame = frame.f_back
         return "?"
 
-    def look(self) -> dict[int, tuple[int, int, str]]:
-        """Beats, marks and place of each rank."""
+    def look(self) -> dict[int, State]:
+        """What each rank said last."""
         found = {}
         for rank, key in zip(self.ranks, self.keys, strict=True):
-            beats, marks, place = self.store.get(key).decode().split(" ", 2)
-            found[rank] = int(beats), int(marks), place
+            beats, marks, idle, place = self.store.get(key).decode().split(" ", 3)
+            found[rank] = State(int(beats), int(marks), float(idle), place)
         return found
 
     def run(self) -> None:
-        marks, moved = -1, time.monotonic()
+        done, moved, before = None, time.monotonic(), None
         try:
             while True:
-                if marks != self.marks:
-                    marks, moved = self.marks, time.monotonic()
+                if done != (self.marks, self.work):
+                    done, moved, before = (self.marks, self.work), time.monotonic(), None
+                self.idle = time.monotonic() - moved
                 self.beat()
-                time.sleep(self.pause)
-                if marks == self.marks and time.monotonic() - moved > self.timeout:
+                if self.idle > self.timeout:
+                    if before is not None:
+                        self.judge(before, self.look())
                     before = self.look()
-                    self.beat()
-                    time.sleep(3 * self.pause)
-                    if marks == self.marks:
-                        self.end(before, self.look())
+                time.sleep(3 * self.pause if before is not None else self.pause)
         except RuntimeError:  # the store's process is gone, and the group with it
             return
 
-    def end(self, before: dict, after: dict) -> None:
-        """Say who is at fault, and end this process at once: its main thread may never answer."""
+    def judge(self, before: dict[int, State], after: dict[int, State]) -> None:
+        """Where a rank is at fault say so, and end at once: the main thread may never answer."""
+        silent = [r for r in self.ranks if before[r].beats == after[r].beats and r != self.rank]
+        still = [r for r in self.ranks if after[r].idle > 0.9 * self.timeout]
+        behind = [r for r in still if after[r].marks < max(s.marks for s in after.values())]
+        if not silent and not behind and len(still) < len(self.ranks):
+            return  # someone is at work
         if self.store.compare_set(self.verdict, "", str(self.rank)).decode() != str(self.rank):
             os._exit(1)
-        silent = [r for r in self.ranks if before[r][0] == after[r][0] and r != self.rank]
-        behind = [r for r in self.ranks if after[r][1] < max(state[1] for state in after.values())]
         if silent:
-            who = [f"rank {r} does not answer (last seen at {after[r][2]})" for r in silent]
+            who = [f"rank {r} does not answer (last seen at {after[r].place})" for r in silent]
         elif behind:
-            who = [f"rank {r} hangs at {after[r][2]}" for r in behind]
+            who = [f"rank {r} hangs at {after[r].place}" for r in behind]
         else:
             who = ["all ranks wait at the same place: is the network between them down?"]
         sys.stderr.write(

@@ -367,7 +367,7 @@ class Run:
         if save or last or step % self.args.log_interval == 0:
             speed = (step - self.first) * self.args.batch_size / (time.monotonic() - self.started)
             self.log(step, {**self._pop_averages(), "images_per_s": speed}, "train")
-        saved = save and self.save()
+        saved = save and self.save(self.stopping or last)
         self.left = time.monotonic()
         if self.stopping or (saved and distributed.any_rank(self.signal != 0, self.device)):
             self._stop(saved)
@@ -406,16 +406,16 @@ class Run:
     def end_validation(self, step: int) -> None:
         """Note that the validation after this step is done."""
         self.progress["validated"] = step
-        self.save()
+        self.save(step == self.args.steps)
         self.started += time.monotonic() - self.left  # images_per_s is of training alone
 
-    def save(self) -> bool:
+    def save(self, at_the_end: bool = False) -> bool:
         """Write last.pth and keep --keep_last of them; whether this step is now on disk.
 
-        Not while steps are skipped, so that it stays what was good. A full disk is no reason to
-        end: the last checkpoint stays, and the next save is tried in its time.
+        While steps are skipped only at the end, so that it stays what was good before them. A full
+        disk is no reason to end: the last checkpoint stays, and the next save is tried in its time.
         """
-        if self.progress["bad_steps"]:
+        if self.progress["bad_steps"] and not at_the_end:
             return False
 
         def write() -> None:

@@ -68,6 +68,7 @@ class Validation:
             run.say(remedy)
         real = [held[i] for i in distributed.share(len(held))]
         for rows in chunks(real, BATCH):
+            distributed.alive()
             self.metrics.update_real(data.heldout_images(rows, self.device))
 
         # What the lungs of the real slices have, the contours of others, and how near others are.
@@ -139,6 +140,7 @@ class Validation:
         levels = [round((i + 0.5) / NOISE_LEVELS * last) for i in range(NOISE_LEVELS)]
         totals = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)
         for rows in chunks(self.mine, BATCH):
+            distributed.alive()
             latents, contours, labels = self.data.batch(rows, self.device)
             _, others, _ = self.data.batch([self.other[row] for row in rows], self.device)
             with self.precision.autocast():
@@ -163,6 +165,7 @@ class Validation:
         timesteps = self.scheduler.timesteps(self.args.val_sampling_steps)
         self.metrics.reset()
         for rows in chunks(self.mine, BATCH):
+            distributed.alive()
             x0, contours, labels = self.data.batch(rows, self.device)
             noise = item_noise(SEED, "sample", 0, rows, x0.shape[1:]).to(self.device)
             with self.precision.autocast():

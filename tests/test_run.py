@@ -295,6 +295,24 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path):
     assert content["step"] == 3 and content["states"]["model"]["weight"].item() == 3
 
 
+def test_a_stop_among_skipped_steps_is_saved_and_goes_on_counting(tmp_path):
+    run, model = begin(tmp_path / "run", save_interval=1, max_bad_steps=4)
+    with pytest.raises(SystemExit):
+        for step in run.steps(batches(run)):
+            if step == 5:
+                assert run.saved_step == 3  # from before the steps that are skipped
+                signal.raise_signal(signal.SIGTERM)
+            take(run, model, step, float("nan") if step > 3 else 0.0)
+            run.end_step(step)
+    run, model = begin(tmp_path / "run", save_interval=1, max_bad_steps=4)
+    assert run.progress["step"] == 5 and run.progress["bad_steps"] == 2 and model.weight.item() == 3
+    with pytest.raises(ValueError, match=r"step 7.*4 steps in a row"):
+        for step in run.steps(batches(run)):
+            take(run, model, step, float("nan"))
+            run.end_step(step)
+    run.close()
+
+
 def test_a_good_step_between_forgives(tmp_path):
     run, model = begin(tmp_path / "run", steps=9)
     for step in run.steps(batches(run)):

@@ -305,6 +305,6 @@ def test_a_rank_that_waits_for_a_file_is_named_with_the_place(phantoms, tmp_path
     os.mkfifo(data / "pipe")
     os.replace(data / "pipe", image)
     assert launched.end() != 0
-    found = re.search(r"rank (\d) hangs at fibldm/ct\.py:\d+", launched.output())
+    found = re.search(r"rank (\d) hangs at fibldm/\w+\.py:\d+", launched.output())
     assert found, launched.output()
     survived()
