@@ -153,8 +153,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def node(address: str, port: int, local: str) -> list[str]:
+def node(number: int, address: str, port: int, local: str) -> list[str]:
+    """The first of two nodes, on which they meet, or the second."""
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
+    rendezvous += ["--rdzv_conf", f"is_host={int(number == 0)}"]
     rendezvous += ["--rdzv_id", "fibldm", "--local-addr", local]
     return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *rendezvous]
 
@@ -195,8 +197,10 @@ def test_two_nodes_on_loopback(stages, undisturbed, tmp_path, tally):
     survived = tally("a worker of one of two nodes is killed")
     options, port = unet_options(stages, "run", *STEPS), free_port()
     nodes = [
-        Launched(tmp_path / "run", "train_ldm_unet", options, *node("127.0.0.1", port, "127.0.0.1"))
-        for _ in range(2)
+        Launched(
+            tmp_path / "run", "train_ldm_unet", options, *node(i, "127.0.0.1", port, "127.0.0.1")
+        )
+        for i in range(2)
     ]
     kill_on_the_second_node(nodes, undisturbed, tmp_path / "run")
     survived()
@@ -223,7 +227,7 @@ def test_two_nodes_in_network_namespaces(stages, undisturbed, tmp_path, full, ta
                 tmp_path / "run",
                 "train_ldm_unet",
                 options,
-                *node(hosts[0], 29513, host),
+                *node(i, hosts[0], 29513, host),
                 prefix=("ip", "netns", "exec", name),
                 GLOO_SOCKET_IFNAME=f"fibldm{i}",
             )
