@@ -750,6 +750,40 @@ def test_sample_i_depends_on_the_seed_and_i_alone(stages, tmp_path):
         assert not np.allclose(first[0], first[2], atol=5)
 
 
+def test_sampling_goes_on_with_what_is_there(stages, tmp_path, capsys):
+    """Samples of the same request by the same software are kept, others are drawn anew."""
+    words = ["--latent_data_dir", str(stages / "latents"), "--num_samples", "4"]
+    arguments = sample_options(stages, tmp_path / "out", *words)
+    run(sample, arguments)
+    folder = tmp_path / "out"
+    names = [f"sample_{i:05d}.png" for i in range(4)]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = capsys.readouterr().out
+
+    def left_at(place: str) -> dict[str, int]:
+        """As a kill leaves it before the table: one sample is missing."""
+        (folder / "samples.csv").unlink()
+        (folder / names[2]).unlink()
+        settings = json.loads(before["args.json"])
+        settings["environment"]["git_commit"] = place
+        (folder / "args.json").write_text(json.dumps(settings))
+        return {name: (folder / name).stat().st_mtime_ns for name in names if name != names[2]}
+
+    for place, kept in (
+        (json.loads(before["args.json"])["environment"]["git_commit"], True),
+        (
+            "another",
+            False,
+        ),
+    ):
+        times = left_at(place)
+        run(sample, arguments)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        for name, time in times.items():
+            assert ((folder / name).stat().st_mtime_ns == time) == kept
+        assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1]  # Dice of all
+
+
 def test_conditions_reach_the_model(stages, tmp_path):
     """Another contour, another label, no contour at all: each changes the sample."""
     data = LatentDataset(stages / "latents")
