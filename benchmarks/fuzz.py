@@ -23,15 +23,19 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import imagecodecs
 import nibabel
 import numpy as np
 import tifffile
 import torch
 from PIL import Image
-from pydicom.uid import RLELossless
+from pydicom import uid
+from pydicom.encaps import encapsulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +48,7 @@ from fibldm.vae import VAE
 MEMORY = 2**31  # bytes of address space that one input may take beyond what the process has
 SECONDS = 10  # that one input may take
 SIZE = 24  # pixels of the files' sides
-OUTCOMES = ("answered", "refused", "other error", "hung", "out of memory")
+OUTCOMES = ("answered", "refused", "other error", "hung", "out of memory", "died")
 SHOWN = 5
 BOMBS = 10  # of a format, at most: its first inputs
 
@@ -85,10 +89,33 @@ def of_array(write: Callable[[io.BytesIO, np.ndarray], object], array: np.ndarra
     return file.getvalue()
 
 
-def rle_dicom() -> bytes:
-    dataset = dicom.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
-    dataset.compress(RLELossless)
-    return saved(lambda path: dataset.save_as(path, enforce_file_format=True), ".dcm")
+def jpeg2k(stored: np.ndarray) -> bytes:
+    return imagecodecs.jpeg2k_encode(stored, level=0, codecformat="j2k", reversible=True)
+
+
+CODECS: dict[str, Callable[[np.ndarray], bytes]] = {
+    uid.JPEGLosslessSV1: lambda stored: imagecodecs.ljpeg_encode(stored, bitspersample=16),
+    uid.JPEGLSLossless: imagecodecs.jpegls_encode,
+    uid.JPEG2000Lossless: jpeg2k,
+}
+
+
+def compressed_dicoms() -> list[bytes]:
+    """By run lengths, and by each of CODECS."""
+    files = []
+    for syntax in (uid.RLELossless, *CODECS):
+        dataset = dicom.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
+        if syntax in CODECS:
+            stored = (slice_hu() + 1024).astype(np.uint16)
+            dataset.PixelRepresentation, dataset.RescaleIntercept = 0, -1024
+            dataset.file_meta.TransferSyntaxUID = syntax
+            dataset.PixelData = encapsulate([CODECS[syntax](stored)])
+            dataset["PixelData"].is_undefined_length = True
+        else:
+            dataset.compress(syntax)
+        write = lambda path, of=dataset: of.save_as(path, enforce_file_format=True)  # noqa: E731
+        files.append(saved(write, ".dcm"))
+    return files
 
 
 def checkpoints() -> list[bytes]:
@@ -208,7 +235,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[Path], No
     "checkpoint": (".pth", lambda _: checkpoints(), read_checkpoint),
     "npy": (".npy", lambda _: [of_slice("npy"), of_array(np.save, slice_hu())], read_slice),
     "csv": (".csv", table, read_table),
-    "dicom": (".dcm", lambda _: [of_slice("dicom"), rle_dicom()], read_dicom),
+    "dicom": (".dcm", lambda _: [of_slice("dicom"), *compressed_dicoms()], read_dicom),
     "png": (".png", lambda _: pictures(), read_picture),
     "nifti": (".nii.gz", lambda _: [of_slice("nifti")], read_slice),
     "tiff": (".tif", lambda _: [of_array(tifffile.imwrite, slice_hu())], read_slice),
@@ -256,19 +283,29 @@ def bombs(name: str) -> list[bytes]:
         content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 2**25
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
             packed.writestr("volume.npy", content)
-        return [file.getvalue()]
+        dense = io.BytesIO()
+        with zipfile.ZipFile(dense, "w", zipfile.ZIP_BZIP2) as packed:  # inflated without a limit
+            packed.writestr("volume.npy", content + b"\0" * 2**26)
+        return [file.getvalue(), dense.getvalue()]
     if name == "checkpoint":
         file = io.BytesIO()
         before = zipfile.ZipFile(io.BytesIO(checkpoints()[0]))
         with before, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
             for part in before.infolist():
                 packed.writestr(part.filename, before.read(part) + b"\0" * 2**22)
-        config = {"image_size": 2**16, "latent_size": 2**12, "base_channels": 2**16}
+        config = {"image_size": 2**12, "latent_size": 2**10, "base_channels": 2**12}
         content = torch.load(io.BytesIO(checkpoints()[0]), weights_only=True)
         wide, deep = io.BytesIO(), io.BytesIO()
         torch.save(content | {"config": content["config"] | config}, wide)
         torch.save(content | {"config": content["config"] | {"blocks": 2**16}}, deep)
-        return [file.getvalue(), wide.getvalue(), deep.getvalue()]
+        laughs = ["lol"]
+        for _ in range(40):  # few bytes, since each list is stored once; 10**40 words in print
+            laughs = [laughs] * 10
+        endless = []
+        for name in "kind", "version", "config", "lineage", "window":
+            endless.append(io.BytesIO())
+            torch.save(content | {name: laughs}, endless[-1])
+        return [part.getvalue() for part in (file, wide, deep, *endless)]
     if name == "dicom":
         dataset = dicom.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
         dataset.Rows = dataset.Columns = 65535
@@ -280,7 +317,13 @@ def bombs(name: str) -> list[bytes]:
         start = 144 + int.from_bytes(inflates[140:144], "little")
         packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
         body = b"".join(packer.compress(b"\0" * 2**24) for _ in range(40)) + packer.flush()
-        return [claims, inflates[:start] + body]
+        far = inflates.find(b"\x02\x00\x10\x00")  # the transfer syntax, behind much else
+        padding = b"\x02\x00\x03\x00UI" + (60_000).to_bytes(2, "little") + b"1" * 60_000
+        padded = inflates[:far] + padding + inflates[far:start]
+        coded = compressed_dicoms()[-1]  # JPEG 2000, whose own header claims more
+        at = coded.find(b"\xff\x4f\xff\x51") + 8
+        claims_within = coded[:at] + (60_000).to_bytes(4, "big") * 2 + coded[at + 8 :]
+        return [claims, inflates[:start] + body, padded + body, claims_within]
     if name == "json":
         return [b"[" * 10**6, b'{"a":' * 10**5, b"0" * 2**25]
     return []
@@ -374,6 +417,8 @@ def outcome_of(name: str, content: bytes, folder: Path, show: bool = False) -> t
     except ValueError as error:
         if show:
             traceback.print_exc()
+        if ran_out(error):
+            return "out of memory", str(error)
         named = str(folder) in str(error)
         return ("refused", str(error)) if named else ("other error", f"no file is named: {error}")
     except MemoryError as error:
@@ -388,14 +433,21 @@ def outcome_of(name: str, content: bytes, folder: Path, show: bool = False) -> t
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or one that it follows from, is a lack of memory."""
+    if error is None or isinstance(error, MemoryError):
+        return error is not None
+    return ran_out(error.__cause__ or error.__context__)
+
+
 def prepare(name: str, folder: Path, first: int) -> tuple[list[bytes], list[bytes]]:
     """The valid files, and the bombs where one of the inputs from `first` on can be one."""
     _, files, _ = FORMATS[name]
     return files(folder), bombs(name) if first < BOMBS else []
 
 
-def read_inputs(name: str, numbers: range) -> list[tuple[int, str, str]]:
-    """What a part of the inputs leads to; in a process of its own, with little memory."""
+def read_inputs(name: str, numbers: range, results: Connection) -> None:
+    """Send what a part of the inputs leads to; in a process of its own, with little memory."""
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_num_threads(1)
@@ -408,20 +460,42 @@ def read_inputs(name: str, numbers: range) -> list[tuple[int, str, str]]:
             used = int(Path("/proc/self/statm").read_text().split()[0])
             most = used * os.sysconf("SC_PAGE_SIZE") + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            return [
-                (number, *outcome_of(name, make_input(name, number, files, special), folder))
-                for number in numbers
-            ]
+            for number in numbers:
+                content = make_input(name, number, files, special)
+                results.send((number, *outcome_of(name, content, folder)))
+
+
+def read_part(name: str, numbers: range) -> list[tuple[int, str, str]]:
+    """What a part of the inputs leads to. After one that ends its process, or that no signal stops,
+    another process goes on.
+    """
+    found, fork = [], get_context("fork")
+    while numbers:
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=read_inputs, args=(name, numbers, there))
+        process.start()
+        there.close()
+        outcome, before = "died", len(found)
+        with contextlib.suppress(EOFError):
+            while here.poll(6 * SECONDS):
+                found.append(here.recv())
+            process.kill()
+            outcome = "hung"
+        process.join()
+        numbers = numbers[len(found) - before :]
+        if numbers:
+            found.append((numbers[0], outcome, f"exit code {process.exitcode}"))
+            numbers = numbers[1:]
+    return found
 
 
 def fuzz(name: str, inputs: int, processes: int) -> Iterator[tuple[int, str, str]]:
-    """What each input leads to; a part whose process died is "out of memory" from there."""
+    """What each input leads to, in order."""
     size = 200
     parts = [range(i, min(i + size, inputs)) for i in range(0, inputs, size)]
-    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        waiting = [(part, pool.apply_async(read_inputs, (name, part))) for part in parts]
-        for part, result in waiting:
-            yield from result.get(timeout=SECONDS * len(part))
+    with ThreadPoolExecutor(processes) as pool:
+        for found in pool.map(lambda part: read_part(name, part), parts):
+            yield from found
 
 
 def main(args: argparse.Namespace) -> int:

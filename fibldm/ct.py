@@ -127,7 +127,7 @@ def _decode(path: Path) -> tuple[np.ndarray, bool]:
         with tifffile.TiffFile(path) as file:
             limits.require_tiff(path, file, limits.SLICE)
             return file.asarray(), False
-    with Image.open(path, formats=PICTURES) as image:
+    with limits.Bounded(path) as file, Image.open(file, formats=PICTURES) as image:
         limits.require_values(path, image.size, limits.SLICE)
         if image.mode in ("P", "PA"):  # a palette may be of colours
             image = image.convert("RGB")

@@ -1,7 +1,6 @@
 """DICOM: which files make a series, their values in HU, and writing slices marked as synthetic."""
 
 import hashlib
-import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
-from fibldm import __version__, limits
+from fibldm import __version__, jpeg, limits
 
 AIR = -1000.0  # HU
 AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
@@ -21,7 +20,7 @@ SAME_PLACE = 0.01  # mm
 OUTSIDE = -1500.0  # HU: no air is as dark, only marks of what is outside of the field of view
 
 
-class _Deflatable(io.BufferedReader):
+class _Deflatable(limits.Bounded):
     """A file of which pydicom reads all the rest at once only to inflate it, without a limit."""
 
     def read(self, size: int | None = -1) -> bytes:
@@ -33,7 +32,7 @@ class _Deflatable(io.BufferedReader):
 
 def read_file(path: Path, **options: Any) -> pydicom.Dataset:
     """`pydicom.dcmread`; ValueError where a deflated file would fill the memory."""
-    with _Deflatable(io.FileIO(path)) as file:
+    with _Deflatable(path) as file:
         return pydicom.dcmread(file, **options)
 
 
@@ -76,7 +75,8 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
     sides = [int(dataset.get(name) or 0) for name in ("Rows", "Columns")]
     if min(sides) < 1 or sides[0] * sides[1] > limits.SLICE:
         raise ValueError(f"{sides[0]}x{sides[1]} pixels, expected at most {limits.SLICE:,}")
-    stored = pixel_array(dataset, index=frame)
+    plugin = jpeg.plugin_for(dataset.file_meta.get("TransferSyntaxUID"))
+    stored = pixel_array(dataset, index=frame, decoding_plugin=plugin)
     spare = 0
     if stored.dtype.kind in "iu":
         spare = 8 * stored.dtype.itemsize - int(dataset.get("BitsStored", 8 * stored.itemsize))

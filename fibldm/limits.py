@@ -4,6 +4,7 @@ A few bytes can claim, or decompress to, more than a machine has ("decompression
 """
 
 import gzip
+import io
 import json
 import math
 import struct
@@ -24,6 +25,18 @@ SETTINGS = 2**24  # bytes of a JSON file
 HEADER = 2**20  # bytes before the voxels of a NIfTI file
 DEFLATED = 2**29  # bytes that a deflated DICOM file may inflate to
 PIECE = 2**20
+
+
+class Bounded(io.BufferedReader):
+    """A file that takes room for no more bytes than it has, whatever is read of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.length = path.stat().st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        whole = size is None or size < 0
+        return super().read(-1 if whole else min(size, self.length))
 
 
 def require_values(path: Path, shape: Sequence[int], most: int) -> None:

@@ -265,7 +265,6 @@ class Run:
     def suspect(self, rows: Tensor) -> None:
         """Note rows of this rank's batch whose images could not be read; below 0: none."""
         self.suspects |= {row for row in rows.flatten().tolist() if row >= 0}
-        self.suspects -= set(self.progress["bad_images"])
 
     def is_sound(self, step: int, grad_norm: Tensor) -> bool:
         """Whether this step may be taken: all ranks' losses and gradients are finite.

@@ -79,6 +79,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, culprit):
         save(path, {**CONTENT, "names": []})
     monkeypatch.undo()
     assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]  # a full disk needs the room
     save(path, {**CONTENT, "names": ["new"]})  # what the failure left behind is in no one's way
     assert load(path, "vae")["names"] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]

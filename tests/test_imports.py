@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "nifti": {"limits"},
     "arrays": {"ct", "limits", "nifti"},
     "series": {"arrays", "ct", "datasets", "dicom", "inspection", "limits", "nifti"},
-    "dicom": {"limits"},
+    "jpeg": set(),
+    "dicom": {"jpeg", "limits"},
     "lungs": set(),
     "inspection": {"ct", "lungs"},
     "diagnosis": {"inspection"},
@@ -157,6 +158,14 @@ def test_never_written(name):
         if name_of(call).split(".")[-1] == "DistributedDataParallel":
             assert name == "distributed", f"line {call.lineno}: DDP only through wrap"
             assert keyword(call, "find_unused_parameters") is None, f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_load_no_pickle_either(path):
+    for call in calls(path):
+        if name_of(call) == "torch.load":
+            assert keyword(call, "weights_only") == "True", f"line {call.lineno}"
+        assert keyword(call, "allow_pickle") in (None, "False"), f"line {call.lineno}"
 
 
 def test_backward_stands_in_each_training_script_and_not_in_the_package():
