@@ -3,7 +3,9 @@
 import argparse
 import json
 import re
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -713,3 +715,27 @@ def test_shift_slices_takes_every_distance_equally_often():
     at = shift_slices(x, uniform, 4).flatten(1).argmax(dim=1)
     counts = torch.bincount(at // 9, minlength=9)
     assert (counts > 250).all() and len(at.unique()) == 81
+
+
+def test_what_takes_the_place_of_an_unreadable_slice_is_of_the_same_split(phantoms, tmp_path):
+    """Never a held-out slice in training; and not more of them than allowed."""
+    shutil.copytree(phantoms, tmp_path / "data")
+    rows, _ = read_table(tmp_path / "data" / "label.csv", tmp_path / "data", Split())
+    rows = [replace(row, split=("train", "val", "test")[i % 3]) for i, row in enumerate(rows)]
+    for i in 0, 3:
+        (tmp_path / "data" / rows[i].image).write_bytes(b"gone")
+
+    def data(max_bad: int) -> CTDataset:
+        folder = tmp_path / "data"
+        return CTDataset(rows, folder, folder, 32, max_bad=max_bad)
+
+    tolerant = data(3)
+    item = tolerant[0]
+    assert torch.equal(item["image"], tolerant[6]["image"])  # after 0 and 3, which can't be read
+    assert item["row"] == 0 and item["unreadable"].tolist() == [0, 3, -1]
+    assert tolerant[1]["unreadable"].tolist() == [-1, -1, -1]
+    assert tolerant.check() == ({(32, 32)}, [0, 3])
+    with pytest.raises(ValueError, match=rf"{rows[3].image}: cannot be decoded"):
+        data(1)[0]
+    with pytest.raises(ValueError, match="2 of 24 rows are bad"):
+        data(1).check()
