@@ -284,7 +284,7 @@ def test_what_one_rank_finds_all_act_upon(phantoms, tmp_path, tally):
 
 def test_a_rank_that_is_stopped_is_named(stages, tmp_path, tally):
     survived = tally("a rank is stopped (SIGSTOP)")
-    options = unet_options(stages, "run", *STEPS, "--timeout", "0.1")
+    options = unet_options(stages, "run", *STEPS, "--timeout", "0.2")
     launched = Launched(tmp_path / "run", "train_ldm_unet", options, *standalone(2))
     launched.until("step 7/30  train")
     os.kill(launched.worker(1), signal.SIGSTOP)
@@ -300,7 +300,7 @@ def test_a_rank_that_waits_for_a_file_is_named_with_the_place(phantoms, tmp_path
     survived = tally("a rank hangs reading a file")
     data = tmp_path / "data"
     shutil.copytree(phantoms, data)
-    more = ["--steps", "4000", "--log_interval", "1", "--val_interval", "5000", "--timeout", "0.1"]
+    more = ["--steps", "4000", "--log_interval", "1", "--val_interval", "5000", "--timeout", "0.2"]
     launched = Launched(
         tmp_path / "run", "train_vae", vae_options(data, "run", *more), *standalone(2)
     )
