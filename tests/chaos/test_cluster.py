@@ -158,7 +158,7 @@ def node(number: int, address: str, port: int, local: str) -> list[str]:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
     rendezvous += ["--rdzv_conf", f"is_host={int(number == 0)}"]
     rendezvous += ["--rdzv_id", "fibldm", "--local-addr", local]
-    return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *rendezvous]
+    return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "20", *rendezvous]
 
 
 def rank_of(launched: Launched) -> int:
