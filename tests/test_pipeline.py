@@ -28,7 +28,7 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
-from fibldm import ct
+from fibldm import ct, datasets
 from fibldm.checkpoint import file_hash, load_model
 from fibldm.datasets import LatentDataset, Split, read_table
 from fibldm.grain import grain_loss
@@ -699,6 +699,24 @@ def test_two_processes_encode_and_sample_as_one(stages, phantoms, tmp_path):
         assert np.allclose(a, b, atol=0.5)  # HU
     tables = [(tmp_path / name / "samples.csv").read_text() for name in ("one", "two")]
     assert tables[0] == tables[1]
+
+
+def test_overwritten_latents_are_never_half_removed(stages, phantoms, tmp_path, monkeypatch):
+    """A kill would leave a folder that is neither old nor new, which is refused: it is renamed."""
+    shutil.copytree(stages / "latents", tmp_path / "latents")
+    removed, rmtree = [], shutil.rmtree
+
+    def watched(path, *rest, **more):
+        removed.append((Path(path).name, (tmp_path / "latents" / "meta.json").is_file()))
+        rmtree(path, *rest, **more)
+
+    monkeypatch.setattr(datasets.shutil, "rmtree", watched)
+    table = ["--csv_file", phantoms / "label.csv", "--img_dir", phantoms, "--num_workers", "0"]
+    vae = ["--vae_checkpoint", stages / "vae" / "vae_best.pth", "--device", "cpu"]
+    run(encode_dataset, [*table, *vae, "--output_dir", tmp_path / "latents", "--overwrite"])
+    assert (".latents.old", True) in removed and all(whole for _, whole in removed)
+    assert "latents" not in {name for name, _ in removed}
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
