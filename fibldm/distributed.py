@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import uuid
 from datetime import timedelta
 
 import torch
@@ -52,19 +53,46 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
         alarm = threading.Timer(CONNECT, _end_unconnected)
         alarm.daemon = True
         alarm.start()
+        store, here, processes = next(dist.rendezvous("env://"))
+        start = _agree_on_start(store, here, processes)
         dist.init_process_group(
             "nccl" if gpu else "gloo",
+            store=dist.PrefixStore(start, store),
+            rank=here,
+            world_size=processes,
             timeout=timedelta(minutes=4 * timeout + 1),  # the heartbeat knows more: it goes first
             device_id=torch.device(device) if gpu else None,
         )
         alarm.cancel()
         if world_size() > 1:
-            _heartbeat = Heartbeat(rank(), world_size(), 60 * timeout)
+            _heartbeat = Heartbeat(rank(), world_size(), 60 * timeout, start)
     return torch.device(device)
 
 
+def _agree_on_start(store: dist.Store, rank: int, processes: int) -> str:
+    """A name of this start that no earlier one had, the same on all ranks.
+
+    torchrun keeps one store for all its restarts, and in it the addresses of processes that are
+    dead; its count of restarts differs between nodes. So rank 0 invents a name, and answers each
+    rank that asks by it; one that has read the name of an earlier start gets no answer.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("fibldm_start", me)
+        for other in range(1, processes):
+            asking = store.get(f"{me}/{other}").decode()
+            store.set(f"{me}/{asking}", "here")
+        return me
+    while True:
+        start = store.get("fibldm_start").decode()
+        store.set(f"{start}/{rank}", me)
+        with contextlib.suppress(dist.DistStoreError):  # no answer yet
+            store.wait([f"{start}/{me}"], timedelta(seconds=1))
+            return start
+
+
 def _end_unconnected() -> None:
-    """End a process that would wait for hours: now and then gloo misses a connection."""
+    """End a process that would wait for hours for others that may never come."""
     here, address = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     sys.stderr.write(
         f"error (rank {here}): no connection to the other processes in {CONNECT} s (they meet at "

@@ -29,17 +29,16 @@ class Heartbeat(threading.Thread):
     that wait are ahead of the rank they wait for. `work` counts what it does in between, so that
     one that is slow is not taken for one that hangs. One that is stopped, or whose machine is
     gone, does not beat at all. Works with any backend, and where a collective call would wait
-    for ever: it talks through the store at MASTER_ADDR and MASTER_PORT.
+    for ever: it talks through the store at MASTER_ADDR and MASTER_PORT, by keys below `start`.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: float, start: str) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.rank, self.ranks, self.timeout = rank, range(world_size), timeout
         self.marks, self.work, self.idle = 0, 0, 0.0
         self.pause = min(10.0, timeout / 10)  # seconds between beats
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.keys = [f"fibldm/{attempt}/{r}" for r in self.ranks]
-        self.verdict = f"fibldm/{attempt}/verdict"  # of the first to find out, which is heard
+        self.keys = [f"{start}/beat/{r}" for r in self.ranks]
+        self.verdict = f"{start}/verdict"  # of the first to find out, which is heard
         self.main = threading.main_thread().ident
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(

@@ -101,6 +101,35 @@ def test_torchrun_restarts_after_a_killed_worker(stages, undisturbed, tmp_path, 
         survived()
 
 
+LATE = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from fibldm import distributed
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if again and os.environ["RANK"] == "{late}":
+    time.sleep(2.5)
+distributed.setup("cpu")
+distributed.barrier()
+if not again and distributed.rank() == 2:
+    os.kill(os.getpid(), 9)
+print(f"rank {{distributed.rank()}} has met the others\\n", end="", flush=True)
+distributed.leave(0)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_one_restart_is_enough_for_a_rank_that_comes_late(late, tmp_path, tally):
+    """torchrun's store still has what the processes of the first start said in it."""
+    survived = tally("after a restart a rank comes late")
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(root=str(ROOT), late=late))
+    launched = Launched(tmp_path / "run", str(script), [], *standalone(3, 1))
+    ended_well(launched)
+    for rank in range(3):
+        assert f"rank {rank} has met the others" in launched.output()
+    survived()
+
+
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_to_torchrun_saves_at_one_step(number, stages, undisturbed, tmp_path, full, tally):
     if number != "SIGTERM" and not full:
@@ -158,7 +187,7 @@ def node(number: int, address: str, port: int, local: str) -> list[str]:
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
     rendezvous += ["--rdzv_conf", f"is_host={int(number == 0)}"]
     rendezvous += ["--rdzv_id", "fibldm", "--local-addr", local]
-    return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "20", *rendezvous]
+    return ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *rendezvous]
 
 
 def rank_of(launched: Launched) -> int:
