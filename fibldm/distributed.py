@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import uuid
 from datetime import timedelta
 
@@ -86,9 +87,9 @@ def _agree_on_start(store: dist.Store, rank: int, processes: int) -> str:
     while True:
         start = store.get("fibldm_start").decode()
         store.set(f"{start}/{rank}", me)
-        with contextlib.suppress(dist.DistStoreError):  # no answer yet
-            store.wait([f"{start}/{me}"], timedelta(seconds=1))
+        if store.check([f"{start}/{me}"]):
             return start
+        time.sleep(0.05)
 
 
 def _end_unconnected() -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import os
+import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -326,8 +327,7 @@ def run_script(main, parse_args) -> None:
     """Run a script; a user's mistake or a machine's limit ends it with one message and code 2.
 
     With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too, as it always is of an
-    error of the program, which ends with code 1. A run that stopped early
-    ends with code 75, but for workers that torchrun would then restart: they end with 0.
+    error of the program, which ends with code 1. A run that stopped early ends with code 75.
     """
 
     def end_at_once(*error: Any) -> None:
@@ -335,12 +335,12 @@ def run_script(main, parse_args) -> None:
         distributed.leave(1)
 
     sys.excepthook = end_at_once
-    args, code = parse_args(), 0
+    args, code = argparse.Namespace(), 0
     try:
+        args = parse_args()
         main(args)
-    except SystemExit as stop:  # after a signal
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        code = 0 if stop.code == STOPPED and restarts else stop.code
+    except SystemExit as stop:  # after a signal, or by argparse
+        code = stop.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         memory = out_of_memory(error, args)
         program = memory is None and isinstance(error, RuntimeError)
@@ -349,7 +349,25 @@ def run_script(main, parse_args) -> None:
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}\n")
         code = 2
-    distributed.leave(code)
+    distributed.leave(_tell_torchrun(code) if code in (2, STOPPED) else code)
+
+
+def _tell_torchrun(code: int) -> int:
+    """Keep torchrun from a restart that would end with this code again; return the code to give.
+
+    Under scripts/launch.py the first process leaves the code in a link, which is there whole or
+    not at all. Torchrun alone does not start again what ends with 0, and can't be told of a
+    mistake, which only some of its workers may have found.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if link := os.environ.get("FIBLDM_CODE"):
+        with contextlib.suppress(FileExistsError):
+            os.symlink(str(code), link)
+            if restarts:
+                os.kill(os.getppid(), signal.SIGTERM)
+    elif restarts and code == STOPPED:
+        return 0
+    return code
 
 
 def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:

@@ -1,8 +1,8 @@
 # Sourced by the launchers of the five stages: `launch SCRIPT OPTIONS...` runs a script of the
 # repository's root under torchrun, on the processes and nodes that these variables say. A single
-# process needs no torchrun, and without it a mistake is one message and one exit code; nor does one
-# that a scheduler has started and given its RANK (slurm/train.sbatch). What runs takes the place of
-# this shell, so that signals reach it and its exit code is the launcher's: `launch` comes last.
+# process needs no torchrun, nor does one that a scheduler has started and given its RANK
+# (slurm/train.sbatch). What runs takes the place of this shell, so that signals reach it and its
+# exit code is the launcher's: `launch` comes last.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPUS="${GPUS:-1}"                      # processes on this node: one a GPU (one is enough on a CPU)
@@ -17,8 +17,10 @@ if ! command -v torchrun > /dev/null; then
 fi
 
 launch() {
+    local python
+    python="$(dirname "$(command -v torchrun)")/python"
     if [ -n "${RANK:-}" ] || { [ "$NODES" -eq 1 ] && [ "$GPUS" = 1 ]; }; then
-        exec "$(dirname "$(command -v torchrun)")/python" "$@"
+        exec "$python" "$@"
     fi
     local nodes=(--standalone)
     if [ "$NODES" -gt 1 ]; then
@@ -28,5 +30,6 @@ launch() {
         fi
         nodes=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id fibldm)
     fi
-    exec torchrun "${nodes[@]}" --nproc_per_node "$GPUS" --max-restarts "$RESTARTS" "$@"
+    exec "$python" scripts/launch.py "${nodes[@]}" --nproc_per_node "$GPUS" \
+        --max-restarts "$RESTARTS" --signals_to_handle SIGINT,SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 "$@"
 }

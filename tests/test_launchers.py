@@ -68,6 +68,43 @@ def test_a_launcher_trains_on_two_processes(phantoms, tmp_path, without_weights)
     assert "2 process(es)" in done.stdout and (tmp_path / "run" / "vae_best.pth").is_file()
 
 
+STAGE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from fibldm.training import run_script
+def main(rank):
+    with open("starts", "a") as starts:
+        starts.write(f"{{rank}}\\n")
+    {body}
+run_script(main, lambda: os.environ["RANK"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "restarts", "code", "starts"),
+    [
+        ("raise ValueError('a mistake')", 2, 2, 1),
+        ("raise SystemExit(75)", 0, 75, 1),
+        ("raise SystemExit(75)", 2, 75, 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, 137, 2),
+    ],
+)
+def test_several_processes_end_with_the_code_of_their_stage(body, restarts, code, starts, tmp_path):
+    """And torchrun starts again only what may end otherwise then."""
+    (tmp_path / "stage.py").write_text(STAGE.format(root=str(ROOT), body=body))
+    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--standalone"]
+    command += ["--nproc_per_node", "2", "--max-restarts", str(restarts), "stage.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=with_torchrun(), capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    ranks = (tmp_path / "starts").read_text()  # the other may be ended before it gets there
+    assert max(ranks.count("0"), ranks.count("1")) == starts
+    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+    assert ("was ended by SIGKILL" in done.stderr) is (code == 137)
+    assert ("error: a mistake" in done.stderr) is (code == 2)
+
+
 def test_a_launcher_shows_one_message_and_code_2(tmp_path):
     launcher = str(ROOT / "scripts" / "train_vae.sh")
     wrong = ["--csv_file", str(tmp_path / "nowhere.csv"), "--save_dir", str(tmp_path / "run")]
@@ -229,13 +266,13 @@ def test_gpus_without_a_process_are_said(slurm):
 
 @pytest.fixture
 def toolbox(tmp_path):
-    """The environment of a launcher that finds a stand-in for python, and a torchrun that fails.
+    """The environment of a launcher that finds a stand-in for python beside torchrun.
 
     The python leaves its process id in `started`; at SIGUSR1 it ends with code 75.
     """
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "torchrun").write_text("#!/bin/sh\necho torchrun; exit 9\n")
+    (folder / "torchrun").write_text("#!/bin/sh\nexit 9\n")
     body = "import os, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))"
     body += f"; open({str(tmp_path / 'started.tmp')!r}, 'w').write(str(os.getpid()))"
     body += f"; os.rename({str(tmp_path / 'started.tmp')!r}, {str(tmp_path / 'started')!r})"
@@ -250,7 +287,7 @@ def toolbox(tmp_path):
 def test_a_rank_of_a_scheduler_starts_without_torchrun(toolbox):
     command = ["bash", str(ROOT / "scripts" / "train_vae.sh")]
     for variables, found in (
-        ({"GPUS": "4"}, ("torchrun", 9)),
+        ({"GPUS": "4"}, ("python scripts/launch.py --standalone", 0)),
         ({"GPUS": "4", "RANK": "0"}, ("python train_vae.py --csv_file", 0)),
         ({"NODES": "2", "RANK": "1"}, ("python train_vae.py --csv_file", 0)),
     ):

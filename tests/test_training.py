@@ -290,6 +290,7 @@ def ended(monkeypatch):
 def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
     monkeypatch, restarts, code, ended
 ):
+    monkeypatch.delenv("FIBLDM_CODE", raising=False)
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     assert ended(SystemExit(STOPPED)) == code
