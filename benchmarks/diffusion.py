@@ -602,7 +602,7 @@ def measure_samples(args: argparse.Namespace) -> None:
     if inception is None:
         raise ValueError("no Inception weights: run scripts/fetch_metric_weights.py")
     real_seen = inception_features(inception, real, device)
-    contours = np.repeat(np.asarray(data.contours[held]), args.per_contour, axis=0)
+    contours = np.repeat(data.contours[held], args.per_contour, axis=0)
     names = np.repeat(patients, args.per_contour).tolist()
     privacy = read_privacy(data)
     real_dice = float(dice(real[:, 0].numpy(), data.contours[held], data.window).mean())
@@ -708,7 +708,7 @@ def measure_control(args: argparse.Namespace) -> None:
     """Dice of samples on usual and unusual contours, with a grid of each kind."""
     data = LatentDataset(args.latents)
     held = data.indices("val")
-    usual = np.asarray(data.contours[held])
+    usual = data.contours[held]
     images = data.heldout_images(held, torch.device("cpu"))[:, 0].numpy()
     real = dice(images, usual, data.window).mean()
     lines = [f"| contours | {' | '.join(args.arms)} |", "|---" * (len(args.arms) + 1) + "|"]

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -469,8 +470,70 @@ def chunks(items: Sequence[int], size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
+def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped, for which the disk has room: the whole is taken at once.
+
+    Else writing through the map would end the process without a word (SIGBUS) once the disk is
+    full. Raises OSError where it is.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    size = path.stat().st_size
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        path.unlink()
+        what = f"{error.strerror} for {size / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
+        raise OSError(error.errno, what, str(path)) from error
+    return array
+
+
+class StoredRows:
+    """The rows of a .npy file with numbers in 4D, each read when it is asked for.
+
+    Not a memory map: in one, a file that is cut short or whose disk fails while it is in use ends
+    the process without a word (SIGBUS). Raises ValueError where the file holds something else, is
+    shorter than its header says, or has become so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy raises anything on damaged headers
+            size = path.stat().st_size if path.is_file() else 0
+            raise ValueError(f"{path.name} of {size:,} bytes cannot be read: {error}") from error
+        if found.ndim != 4 or found.dtype.kind not in "fui" or np.isfortran(found):
+            raise ValueError(
+                f"{path.name}: {found.dtype} {found.shape}, expected 4D, the last axis innermost"
+            )
+        self.shape, self.dtype, self.start = found.shape, found.dtype, found.offset
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this lives)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> np.ndarray:
+        rows = np.arange(len(self))[index]
+        values = np.empty((rows.size, math.prod(self.shape[1:])), self.dtype)
+        for row, place in zip(rows.flat, values.view(np.uint8), strict=True):
+            at = self.start + int(row) * place.nbytes
+            try:
+                size = os.preadv(self.file.fileno(), [place], at)
+            except OSError as error:
+                error.filename = str(self.path)
+                raise
+            if size < place.nbytes:
+                raise ValueError(
+                    f"{self.path}: row {row} is cut off ({size} of {place.nbytes} bytes): the file "
+                    "became shorter while it was in use; copy it again, or encode again"
+                )
+        return values.reshape(*rows.shape, *self.shape[1:])
+
+
 class LatentDataset:
-    """A folder of latents, memory-mapped: see `write_latents` for what it holds.
+    """A folder of latents, read row by row: see `write_latents` for what it holds.
 
     latents (rows, C, h, w) float32, contours (rows, K, H, W) uint8, and for the rows held out
     of training the real slices. Raises ValueError where the folder is incomplete.
@@ -492,8 +555,8 @@ class LatentDataset:
             cells = [[line[name] or "" for name in names] for line in lines]
             views = [int(line.get("view") or 0) for line in lines]
             self.latents, self.contours, self._heldout = (
-                self._open(name, dimensions)
-                for name, dimensions in (("latents", 4), ("contours", 4), ("heldout_images", 4))
+                StoredRows(self.folder / f"{name}.npy")
+                for name in ("latents", "contours", "heldout_images")
             )
             self._read_facts()
         except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
@@ -513,18 +576,6 @@ class LatentDataset:
         self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]
         self.contour_channels, self.image_size = self.contours.shape[1:3]
-
-    def _open(self, name: str, dimensions: int) -> np.ndarray:
-        """A file's array, mapped; ValueError where it is shorter than its header says."""
-        path = self.folder / f"{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy raises anything on damaged headers
-            size = path.stat().st_size if path.is_file() else 0
-            raise ValueError(f"{path.name} of {size:,} bytes cannot be read: {error}") from error
-        if array.ndim != dimensions or array.dtype.kind not in "fui":
-            raise ValueError(f"{path.name}: {array.dtype} {array.shape}, expected {dimensions}D")
-        return array
 
     def _read_facts(self) -> None:
         """What meta.json says; ValueError, KeyError or TypeError where it says something else."""
@@ -663,19 +714,15 @@ def write_latents(
         "heldout_images": ((len(held), 1, size, size), np.float16),
     }
 
-    def open_array(name: str, mode: str) -> np.ndarray:
-        shape, dtype = shapes[name]
-        return np.lib.format.open_memmap(partial / f"{name}.npy", mode, dtype, shape)
-
     # The main process lays the files out, each rank fills its rows.
     if distributed.is_main():
         for left in partial, old:
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in shapes:
-            open_array(name, "w+").flush()
+        for name, (shape, dtype) in shapes.items():
+            create_array(partial / f"{name}.npy", dtype, shape)
     distributed.barrier()
-    arrays = {name: open_array(name, "r+") for name in shapes}
+    arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in shapes}
     position = {row: i for i, row in enumerate(held)}
     mine = chunks(distributed.share(count), batch_size)
     loaded = ahead(load_slices(dataset, mine, workers, device))

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fibldm import ct, disease
-from fibldm.datasets import CTDataset, chunks
+from fibldm.datasets import CTDataset, chunks, create_array
 from fibldm.lungs import lung_mask
 from fibldm.metrics import Following, contour_dice, hausdorff95
 from fibldm.privacy import Match, Privacy
@@ -248,7 +248,7 @@ class Copies:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """All slices (N, S, S), and their latents where there is a VAE, as memory maps."""
         shape = len(data), data.image_size, data.image_size
-        images = np.lib.format.open_memmap(f"{path}_images.npy", "w+", np.float32, shape)
+        images = create_array(path.with_name(f"{path.name}_images.npy"), np.float32, shape)
         read = workers.map(partial(image_of, data), range(len(data)), f"{path.name} slices")
         for i, image in enumerate(read):
             images[i] = image
@@ -258,8 +258,8 @@ class Copies:
         for rows in chunks(range(len(data)), BATCH):
             some = self.encode(images[rows])
             if latents is None:
-                shape = len(data), *some.shape[1:]
-                latents = np.lib.format.open_memmap(f"{path}_latents.npy", "w+", some.dtype, shape)
+                file = path.with_name(f"{path.name}_latents.npy")
+                latents = create_array(file, some.dtype, (len(data), *some.shape[1:]))
             latents[rows] = some
         return images, latents
 

@@ -1,7 +1,9 @@
 """label.csv and its split, slices as tensors, and latent data sets: whole, checked, refused."""
 
 import argparse
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -20,8 +22,10 @@ from fibldm.datasets import (
     LatentDataset,
     Row,
     Split,
+    StoredRows,
     Views,
     ahead,
+    create_array,
     encode_csv,
     read_table,
     shift_slices,
@@ -386,9 +390,67 @@ def test_latents_are_those_of_the_vae(latents):
     assert data.meta["latents_sha256"] == file_hash(folder / "latents.npy")
 
 
-def test_latents_are_memory_mapped(latents):
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "u1", ">i8"])
+def test_stored_rows_are_those_of_the_file(dtype, tmp_path):
+    array = np.random.default_rng(0).integers(0, 200, (9, 2, 3, 4)).astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    rows = StoredRows(tmp_path / "a.npy")
+    assert len(rows) == 9 and rows.shape == array.shape and rows.dtype == array.dtype
+    for index in (3, -1, [4, 2, 2], slice(5, 8), slice(None), np.array([1, 8])):
+        assert np.array_equal(rows[index], array[index])
+    assert rows[[]].shape == (0, 2, 3, 4)
+    with pytest.raises(IndexError):
+        rows[9]
+
+
+def test_other_arrays_are_no_rows(tmp_path):
+    for name, array in (
+        ("flat", np.zeros((4, 4))),
+        ("fortran", np.asfortranarray(np.zeros((2, 3, 4, 5)))),
+        ("words", np.full((1, 1, 1, 1), "a")),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(ValueError, match=rf"{name}\.npy: .* expected 4D"):
+            StoredRows(tmp_path / f"{name}.npy")
+
+
+def test_latents_that_are_cut_short_in_use_are_named(latents, tmp_path):
+    """Also where a memory map would end the process: beyond the last page of what is left."""
+    folder = shutil.copytree(latents[0], tmp_path / "copy")
+    data = LatentDataset(folder)
+    first = data.latents[[0]]
+    os.truncate(folder / "latents.npy", data.latents.start + first.nbytes * 3 // 2)
+    assert np.array_equal(data.latents[[0]], first)
+    for index in (1, len(data) - 1):
+        with pytest.raises(ValueError, match=rf"latents\.npy: row {index} is cut off .*copy it"):
+            data.batch([0, index], CPU)
+
+
+def test_an_array_takes_its_room_at_once(tmp_path, monkeypatch):
+    """Sparse files would fail at any time while they are written."""
+    made = create_array(tmp_path / "a.npy", np.float32, (50, 1000))
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= made.nbytes == 200_000
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device for 0\.2 MiB, .* MiB are free"
+    ) as error:
+        create_array(tmp_path / "b.npy", np.float32, (50, 1000))
+    assert error.value.filename == str(tmp_path / "b.npy") and not (tmp_path / "b.npy").exists()
+
+
+def test_a_disk_that_fails_is_named_with_the_file(latents, monkeypatch):
     data = LatentDataset(latents[0])
-    assert isinstance(data.latents, np.memmap) and isinstance(data.contours, np.memmap)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(datasets.os, "preadv", fail)
+    with pytest.raises(OSError, match=r"Input/output error: '.*contours\.npy'"):
+        data.contours[0]
 
 
 def test_held_out_slices_are_kept_and_training_slices_are_not(latents):
@@ -615,7 +677,7 @@ def test_views_are_further_rows_of_training_slices(tmp_path):
     plain, data = LatentDataset(tmp_path / "plain"), LatentDataset(tmp_path / "views")
     count, train = len(plain), plain.indices("train")
     assert len(data) == count + 2 * len(train)
-    assert np.array_equal(data.latents[:count], plain.latents)
+    assert np.array_equal(data.latents[:count], plain.latents[:])
     assert data.indices("val", "test") == plain.indices("val", "test")
     assert data.indices("train", views=False) == train
     for i, row in enumerate(data.rows[count:]):

@@ -1,5 +1,6 @@
 """A disk that is full or read-only for a while, no shared memory, and a run of many steps."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, unet_options, vae_options
-from killing import contents, differences, one_thread, start
+from conftest import ROOT, sample_options, unet_options, vae_options
+from killing import contents, differences, one_thread, run, start
 
 pytestmark = pytest.mark.timeout(3600)
 STEPS = ["--steps", "300", "--save_interval", "5", "--val_interval", "100", "--log_interval", "1"]
@@ -49,6 +50,13 @@ def wait_for(step: int, folder: Path, process) -> None:
         time.sleep(0.02)
 
 
+def fill(disk: Path) -> None:
+    """Leave no room: remove `filler` to have it back."""
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
 def numbers(folder: Path) -> dict:
     """What a run has computed: a disk may have been full when a picture was due."""
     return {k: v for k, v in contents(folder).items() if "samples" not in k and "board" not in k}
@@ -68,12 +76,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(fault, stages, disk, tmp_pa
     process, _ = start("train_ldm_unet", arguments, folder)
     wait_for(20, folder, process)
     if fault == "full":
-        with open(disk / "filler", "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(b"0" * 4096)
-            except OSError:
-                pass
+        fill(disk)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
     time.sleep(1.5)
@@ -87,6 +90,58 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(fault, stages, disk, tmp_pa
     assert process.exitcode == 0, Path(f"{folder}.log").read_text()
     assert last < 300
     assert differences(numbers(whole), numbers(folder)) == []
+    survived()
+
+
+@pytest.mark.parametrize("script", ["encode_dataset", "sample"])
+def test_a_full_disk_ends_what_makes_files_with_one_message(
+    script, stages, phantoms, disk, tmp_path, tally
+):
+    """Also what is written through a memory map, which would end the process without a word."""
+    vae = ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth")]
+    arguments = {
+        "encode_dataset": [
+            *("--csv_file", str(phantoms / "label.csv"), "--img_dir", str(phantoms), *vae),
+            *("--device", "cpu", "--num_workers", "0", "--output_dir", "made"),
+        ],
+        "sample": sample_options(
+            stages, Path("made"), "--num_samples", "4", "--latent_data_dir", str(stages / "latents")
+        ),
+    }[script]
+    survived = tally(f"a disk that is full for {script}.py")
+    whole, folder = tmp_path / "whole", disk / "work"
+    for place in whole, folder:
+        place.mkdir()
+    assert run(script, arguments, whole)[0] == 0, Path(f"{whole}.log").read_text()
+    fill(disk)
+    with open(disk / "filler", "r+b") as file:  # room for the small files, not for all
+        file.truncate((disk / "filler").stat().st_size - 3 * 4096)
+    log = tmp_path / "full.log"
+    Path(f"{folder}.log").symlink_to(log)  # a log on the full disk would stay empty
+    assert run(script, arguments, folder)[0] == 2, log.read_text()
+    said = log.read_text()
+    assert said.count("error: ") == 1 and "No space left on device" in said, said
+    assert "made" in said.rpartition("on device")[2], said
+    (disk / "filler").unlink()
+    assert run(script, arguments, folder)[0] == 0, log.read_text()
+    assert differences(contents(whole), contents(folder)) == []
+    survived()
+
+
+def test_latents_that_are_cut_short_under_way_are_named(stages, tmp_path, tally):
+    survived = tally("a latent file that is cut short under way")
+    folder, latents = tmp_path / "work", tmp_path / "latents"
+    folder.mkdir()
+    shutil.copytree(stages / "latents", latents)
+    arguments = [*unet_options(stages, "run", *STEPS), "--latent_data_dir", str(latents)]
+    process, _ = start("train_ldm_unet", arguments, folder)
+    wait_for(20, folder, process)
+    os.truncate(latents / "latents.npy", 200)
+    process.join(300)
+    said = Path(f"{folder}.log").read_text()
+    assert process.exitcode == 2, said
+    assert "latents.npy: row " in said and "is cut off" in said
+    assert torch.load(folder / "run" / "last.pth", weights_only=True)["step"] >= 15
     survived()
 
 
