@@ -4,7 +4,8 @@ import argparse
 
 from fibldm import distributed
 from fibldm.checkpoint import load_model
-from fibldm.datasets import LatentDataset, Views, encode_csv
+from fibldm.datasets import LatentDataset, Views
+from fibldm.encoding import encode_csv
 from fibldm.training import (
     Precision,
     add_machine_options,

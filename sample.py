@@ -14,15 +14,17 @@ import torch
 from tqdm import tqdm
 
 from fibldm import ct, distributed
-from fibldm.checkpoint import file_hash, load, load_model, replace_text, require_equal
+from fibldm.checkpoint import file_hash, load, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import SPLITS, LatentDataset, chunks
+from fibldm.datasets import LatentDataset, chunks
+from fibldm.disk import replace_text
 from fibldm.environment import environment
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy
 from fibldm.run import read_settings
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler
+from fibldm.tables import SPLITS
 from fibldm.training import (
     Precision,
     add_machine_options,

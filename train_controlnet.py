@@ -10,8 +10,9 @@ from torch import Tensor
 from fibldm import distributed
 from fibldm.checkpoint import file_hash, load_model, require_equal
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import LatentDataset, Views, encode_csv, training_batches
+from fibldm.datasets import LatentDataset, Views, training_batches
 from fibldm.ema import EMA
+from fibldm.encoding import encode_csv
 from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.training import (

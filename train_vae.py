@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fibldm import checkpoint, distributed
 from fibldm.ct import DEFAULT_WINDOW
-from fibldm.datasets import CTDataset, Split, chunks, load_batches, read_table, shift_slices
+from fibldm.datasets import CTDataset, chunks, load_batches, shift_slices
 from fibldm.diagnosis import (
     heldout_latents,
     input_warnings,
@@ -27,6 +27,7 @@ from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.muon import Muon
 from fibldm.panels import write_reconstructions
 from fibldm.run import Run
+from fibldm.tables import Split, read_table
 from fibldm.training import (
     Batches,
     Precision,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_data  # noqa: E402
 
 from fibldm import ct  # noqa: E402
-from fibldm.datasets import Split, parse_table  # noqa: E402
+from fibldm.tables import Split, parse_table  # noqa: E402
 
 SHARES = (0.01, 0.05, 0.2)
 

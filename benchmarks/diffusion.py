@@ -29,23 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from vae import MODELS, clock, peak_memory
 
-from fibldm.checkpoint import load_model, replace_text, save, save_model
+from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import (
-    CTDataset,
-    LatentDataset,
-    Split,
-    chunks,
-    read_table,
-    training_batches,
-    write_latents,
-)
+from fibldm.datasets import CTDataset, LatentDataset, chunks, training_batches
+from fibldm.disk import replace_text
 from fibldm.ema import EMA
+from fibldm.encoding import write_latents
 from fibldm.features import inception_features, load_inception
 from fibldm.metrics import set_score
 from fibldm.panels import write_samples
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
+from fibldm.tables import Split, read_table
 from fibldm.training import Batches, Precision, item_noise
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import evaluate
 
 from fibldm import ct
-from fibldm.datasets import Row, Split, parse_table
 from fibldm.phantom import phantom_slice
+from fibldm.tables import Row, Split, parse_table
 
 PARTS = (("test", 0.4), ("train", 0.3), ("val", 0.3))  # "val" stand for samples
 SHOWN = (

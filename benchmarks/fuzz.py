@@ -40,9 +40,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm import arrays, checkpoint, ct, datasets, dicom
-from fibldm.datasets import LatentDataset, Row, Split
+from fibldm import arrays, checkpoint, ct, dicom, tables
+from fibldm.datasets import LatentDataset
 from fibldm.run import read_settings
+from fibldm.tables import SPLITS, Row, Split
 from fibldm.vae import VAE
 
 MEMORY = 2**31  # bytes of address space that one input may take beyond what the process has
@@ -174,8 +175,8 @@ def read_checkpoint(path: Path) -> None:
 
 
 def read_table(path: Path) -> None:
-    rows, _ = datasets.read_table(path, path.parent, Split())
-    assert all(isinstance(row, Row) and row.split in datasets.SPLITS for row in rows)
+    rows, _ = tables.read_table(path, path.parent, Split())
+    assert all(isinstance(row, Row) and row.split in SPLITS for row in rows)
 
 
 def table(folder: Path) -> list[bytes]:

@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from fibldm import ct  # noqa: E402
 from fibldm.checkpoint import load_model  # noqa: E402
-from fibldm.datasets import CTDataset, Split, parse_table  # noqa: E402
+from fibldm.datasets import CTDataset  # noqa: E402
 from fibldm.privacy import LATENTS, PIXELS, Privacy, disguises  # noqa: E402
+from fibldm.tables import Split, parse_table  # noqa: E402
 from fibldm.vae import LATENT_SCALE, VAE  # noqa: E402
 
 BATCH = 16

@@ -37,10 +37,10 @@ from fibldm.ct import (
     hu_to_unit,
     read_hu,
     unit_to_hu,
-    write_atomically,
 )
-from fibldm.datasets import CTDataset, Split, read_table, shift_slices
+from fibldm.datasets import CTDataset, shift_slices
 from fibldm.disease import noise_power
+from fibldm.disk import replace_text, write_atomically
 from fibldm.ema import EMA
 from fibldm.grain import fine_scale
 from fibldm.layers import ChannelNorm
@@ -49,6 +49,7 @@ from fibldm.metrics import load_lpips
 from fibldm.muon import Muon
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
+from fibldm.tables import Split, read_table
 from fibldm.training import Batches, Precision, item_noise, item_uniform
 from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
 
@@ -361,7 +362,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         }
     file = args.out / f"speed_{args.precision}.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    checkpoint.replace_text(file, json.dumps(before | result, indent=2))
+    replace_text(file, json.dumps(before | result, indent=2))
     print(speed_table(args))
 
 
@@ -483,7 +484,7 @@ def train_model(name: str, args: argparse.Namespace) -> None:
             row = {"images": images, "minutes": seconds / 60, "loss": loss}
             row |= measure(recon, held, lungs, lpips)
             rows.append(row)
-            checkpoint.replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
             np.save(args.out / f"{title}_panel.npy", recon[picked(len(held))].numpy())
             made = reconstruct(ema.model, phantoms(), precision, device)
             np.save(args.out / f"{title}_phantoms.npy", made.numpy())

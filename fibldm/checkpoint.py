@@ -5,17 +5,17 @@
 
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fibldm import disk
 from fibldm.environment import environment
 from fibldm.limits import require_stored
 
@@ -38,7 +38,19 @@ def save(path: str | Path, content: dict) -> None:
 
     Equal content gives equal bytes, whether or not a part of it was loaded from a file before.
     """
-    _replace(Path(path), lambda file: torch.save(_plain(content), file))
+    path, plain = Path(path), _plain(content)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(plain, file)
+            except RuntimeError as error:  # its own, after a write that failed
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    disk.write_atomically(path, write)
+    disk.sync_folder(path.parent)
 
 
 def _plain(value: Any) -> Any:
@@ -48,37 +60,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_plain(part) for part in value)
     return sys.intern(value) if type(value) is str else value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    _replace(path, lambda file: file.write(text.encode()))
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's own, after a write that failed
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:  # a full disk needs the room
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Content(dict):

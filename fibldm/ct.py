@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage, sparse
 
-from fibldm import dicom, limits, nifti
+from fibldm import dicom, disk, limits, nifti
 
 Window = tuple[float, float]
 AIR = dicom.AIR
@@ -102,8 +100,7 @@ def write_facts(folder: Path, facts: Facts) -> None:
         content["pixel_spacing"] = facts.pixel_spacing
     if facts.contour_style is not None:
         content["contour_style"] = facts.contour_style
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(folder / "dataset.json", lambda temporary: temporary.write_text(text))
+    disk.replace_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 
 def _decode(path: Path) -> tuple[np.ndarray, bool]:
@@ -337,18 +334,6 @@ def fit_contour(contour: np.ndarray, size: int, style: str | None = None) -> np.
     return fitted.astype(np.uint8)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file with the same suffixes, then rename it to `path`."""
-    temporary = path.with_name(f".tmp_{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def png_facts(window: Window, spacing: float | None = None) -> Facts:
     """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
     return Facts(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
@@ -373,11 +358,11 @@ def write_slice(
     image = np.clip(image, -1, 1)
     if file_format == "png":
         pixels = np.round((image.astype(np.float64) + 1) * (PNG_LEVELS / 2)).astype(np.uint16)
-        write_atomically(path, Image.fromarray(pixels).save)
+        disk.write_atomically(path, Image.fromarray(pixels).save)
         return
     hu = unit_to_hu(image, window)
     if file_format == "npy":
-        write_atomically(path, lambda temporary: np.save(temporary, hu))
+        disk.write_atomically(path, lambda temporary: np.save(temporary, hu))
         return
     stored = np.round(hu).astype(np.int16)
     if file_format == "nifti":
@@ -388,10 +373,10 @@ def write_slice(
         volume.set_qform(affine, code="scanner")
         volume.header.set_xyzt_units("mm")
         volume.header["descrip"] = "SYNTHETIC by FibLDM, of no patient. Not for diagnosis."
-        write_atomically(path, lambda temporary: nibabel.save(volume, temporary))
+        disk.write_atomically(path, lambda temporary: nibabel.save(volume, temporary))
     elif file_format == "dicom":
         dataset = dicom.synthetic_dicom(stored, window, spacing, path.name, run, number, comment)
-        write_atomically(
+        disk.write_atomically(
             path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True)
         )
     else:

@@ -1,4 +1,4 @@
-"""Slices listed in label.csv, latents encoded from them, and their split by patient."""
+"""Slices of label.csv as tensors, and latents encoded from them."""
 
 import csv
 import hashlib
@@ -8,10 +8,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,48 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fibldm import ct, distributed, limits
-from fibldm.checkpoint import file_hash, require_equal, sync_folder
-from fibldm.environment import environment
+from fibldm.checkpoint import file_hash, require_equal
+from fibldm.disk import naming
+from fibldm.tables import Row, list_some
 from fibldm.training import Batches, item_generator, item_noise, item_uniform, next_row
 from fibldm.unet import NO_LABEL
-from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.vae import LATENT_SCALE
 
 Item = TypeVar("Item")
-SPLITS = ("train", "val", "test")
-SHOWN = 20  # of a list of bad rows in an error
 LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
 NOTHING = -1  # where fewer rows are unreadable
 SHARED_MEMORY = "/dev/shm"
-MEASURED = 512  # contours at most, evenly spaced, whose style is measured
-
-
-@dataclass(frozen=True)
-class Split:
-    """How patients without a `split` column are divided; kept in the VAE's checkpoint."""
-
-    seed: int = 0
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-
-    def of(self, patient_id: str) -> str:
-        """A stable hash of seed and patient decides, so that more patients reshuffle nobody."""
-        digest = hashlib.sha256(f"{self.seed}:{patient_id}".encode()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2**64
-        if position < self.val_fraction:
-            return "val"
-        return "test" if position < self.val_fraction + self.test_fraction else "train"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of label.csv; label is "" where there is none. View 0 is the slice itself."""
-
-    image: str
-    contour: str
-    patient_id: str
-    label: str
-    split: str
-    view: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,148 +76,6 @@ class Views:
         masks = np.stack([affine_transform(m.astype(np.uint8), **place, order=0) for m in masks])
         contour = ct.outline_mask(masks).astype(np.uint8) if outlined else masks
         return moved.clip(hu.min(), hu.max()), contour
-
-
-def list_some(lines: Sequence[str]) -> str:
-    shown = "\n  ".join(lines[:SHOWN])
-    more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return f"\n  {shown}{more}"
-
-
-@dataclass(frozen=True)
-class TableProblem:
-    """Something wrong in label.csv that training refuses, and the lines, files or patients."""
-
-    kind: str
-    names: list[str]
-    message: str
-
-
-def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[list[Row], list[str]]:
-    """Read label.csv, whose paths are relative to `root`; return its rows and notes for the user.
-
-    Raises ValueError for a missing or empty table, missing columns, files or patients.
-    """
-    rows, notes, problems = parse_table(csv_file, root, split)
-    if problems:
-        raise ValueError(problems[0].message)
-    return rows, notes
-
-
-def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
-    """The lines of a CSV file that are not empty: their number in the file, their stripped cells.
-
-    Raises ValueError naming the file where it can't be read.
-    """
-    limits.require_bytes(path, limits.TEXT)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV text file in UTF-8: {error}") from error
-    return [(number, line) for number, line in lines if any(line)]
-
-
-def parse_table(
-    csv_file: str | Path, root: str | Path, split: Split
-) -> tuple[list[Row], list[str], list[TableProblem]]:
-    """`read_table` that returns all that is wrong beside the rows, which may lack cells and files.
-
-    Raises ValueError where there are no rows: no table, no text, no second column.
-    """
-    csv_file, root, notes = Path(csv_file), Path(root), []
-    problems: list[TableProblem] = []
-    if not csv_file.is_file():
-        raise ValueError(f"{csv_file}: no such file; expected a table with columns image,contour")
-    numbered = read_lines(csv_file)
-    lines = [line for _, line in numbered]
-    if len(lines) < 2:
-        raise ValueError(f"{csv_file}: {len(lines)} lines; expected a header and a line a slice")
-
-    # Columns by name, or the first two.
-    header = [name.lower() for name in lines[0]]
-    if len(header) < 2:
-        raise ValueError(
-            f"{csv_file}: 1 column ({lines[0][0]!r}); expected at least two, image and contour"
-        )
-    column = {name: i for i, name in enumerate(header)}
-    if "image" not in column or "contour" not in column:
-        column |= {"image": 0, "contour": 1}
-        notes.append(f"{csv_file}: columns {lines[0][:2]} are taken as image and contour")
-    short = [f"line {i}: {line}" for i, line in numbered[1:] if len(line) < len(header)]
-    if short:
-        message = (
-            f"{csv_file}: {len(short)} lines have fewer cells than the header's {len(header)}:"
-            + list_some(short)
-        )
-        problems.append(TableProblem("short lines", short, message))
-
-    # Rows, with their files and their split.
-    rows, missing, unknown, outside = [], [], [], []
-    for line in lines[1:]:
-        line = line + [""] * (len(header) - len(line))
-        cells = {name: line[i] for name, i in column.items()}
-        patient = cells.get("patient_id") or cells["image"]
-        part = cells.get("split", "").lower() or split.of(patient)
-        if part not in SPLITS:
-            unknown.append(part)
-        rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
-        pair = rows[-1].image, rows[-1].contour
-        outside += [name for name in pair if not limits.inside(name)]
-        missing += [n for n in pair if limits.inside(n) and not os.path.isfile(root / n)]
-    if outside:
-        message = (
-            f"{csv_file}: {len(outside)} paths do not stay below {root}, expected paths relative "
-            f"to it without ..:" + list_some([repr(name) for name in outside])
-        )
-        problems.append(TableProblem("paths that leave the folder", outside, message))
-    if unknown:
-        message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"
-        problems.append(TableProblem("unknown split", unknown, message))
-    if missing:
-        message = (
-            f"{csv_file}: {len(missing)} files are missing below {root} (paths in the table are "
-            f"relative to that folder):" + list_some(missing)
-        )
-        problems.append(TableProblem("missing files", missing, message))
-    problems += check_split(csv_file, rows)
-    if "patient_id" not in column:
-        notes.append(
-            f"WARNING: {csv_file} has no patient_id column: each row counts as its own patient. If "
-            "a patient has several slices, some land in training and some in validation, and "
-            "held-out numbers will look better than they are."
-        )
-    return rows, notes, problems
-
-
-def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
-    """Patients that are in two splits, and a split that training needs and nobody is in."""
-    parts: dict[str, str] = {}
-    torn: dict[str, str] = {}
-    for row in rows:
-        if parts.setdefault(row.patient_id, row.split) != row.split:
-            torn.setdefault(row.patient_id, row.split)
-    problems = []
-    if torn:
-        patient, second = next(iter(torn.items()))
-        message = (
-            f"{csv_file}: patient {patient} is in {parts[patient]} and in {second}; a patient's "
-            "slices belong to one split"
-        )
-        problems.append(TableProblem("patient in two splits", list(torn), message))
-    count = Counter(parts.values())
-    for part, remedy in ("train", "lower"), ("val", "raise"):
-        if not count[part]:
-            message = (
-                f"{csv_file}: of {len(parts)} patients none falls into the {part} split, expected "
-                f"at least 1; {remedy} --val_fraction of train_vae.py, change its --split_seed, "
-                "or add a split column"
-            )
-            problems.append(TableProblem("empty split", [part], message))
-    return problems
 
 
 class CTDataset(Dataset):
@@ -470,25 +296,6 @@ def chunks(items: Sequence[int], size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A new .npy file, mapped, for which the disk has room: the whole is taken at once.
-
-    Else writing through the map would end the process without a word (SIGBUS) once the disk is
-    full. Raises OSError where it is.
-    """
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    size = path.stat().st_size
-    try:
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        path.unlink()
-        what = f"{error.strerror} for {size / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
-        raise OSError(error.errno, what, str(path)) from error
-    return array
-
-
 class StoredRows:
     """The rows of a .npy file with numbers in 4D, each read when it is asked for.
 
@@ -519,11 +326,8 @@ class StoredRows:
         values = np.empty((rows.size, math.prod(self.shape[1:])), self.dtype)
         for row, place in zip(rows.flat, values.view(np.uint8), strict=True):
             at = self.start + int(row) * place.nbytes
-            try:
+            with naming(self.path):
                 size = os.preadv(self.file.fileno(), [place], at)
-            except OSError as error:
-                error.filename = str(self.path)
-                raise
             if size < place.nbytes:
                 raise ValueError(
                     f"{self.path}: row {row} is cut off ({size} of {place.nbytes} bytes): the file "
@@ -685,194 +489,3 @@ def training_batches(
             yield *data.batch(rows, device), *(to_device(value, device) for value in drawn)
 
     return ahead(make())
-
-
-def write_latents(
-    folder: str | Path,
-    dataset: CTDataset,
-    vae: VAE,
-    facts: dict,
-    device: torch.device,
-    batch_size: int = 32,
-    workers: int = 0,
-) -> list[str]:
-    """Encode a data set into `folder`, whole or not at all; the ranks share the work.
-
-    Writes latents.npy (mean * LATENT_SCALE), contours.npy, heldout_images.npy (float16, rows of
-    val and test), manifest.csv, meta.json (`facts`, shapes, the contours' style). Call it on every
-    rank; the main one gets notes for the user.
-    """
-    notes = []
-    folder = Path(folder)
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    held = dataset.indices("val", "test")
-    count, size = len(dataset), dataset.image_size
-    latent = (vae.config["latent_dim"], vae.config["latent_size"], vae.config["latent_size"])
-    shapes = {
-        "latents": ((count, *latent), np.float32),
-        "contours": ((count, dataset.contour_channels, size, size), np.uint8),
-        "heldout_images": ((len(held), 1, size, size), np.float16),
-    }
-
-    # The main process lays the files out, each rank fills its rows.
-    if distributed.is_main():
-        for left in partial, old:
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, (shape, dtype) in shapes.items():
-            create_array(partial / f"{name}.npy", dtype, shape)
-    distributed.barrier()
-    arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in shapes}
-    position = {row: i for i, row in enumerate(held)}
-    mine = chunks(distributed.share(count), batch_size)
-    loaded = ahead(load_slices(dataset, mine, workers, device))
-    latents, before = None, []
-    quiet = None if distributed.is_main() else True
-    for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
-        distributed.alive()
-        rows = batch["row"].tolist()
-        with torch.no_grad():
-            encoded = vae.encode(images).mean * LATENT_SCALE
-        # A GPU is still at it: meanwhile write what is here, and the batch before.
-        arrays["contours"][rows] = batch["contour"].numpy()
-        for row, image in zip(rows, batch["image"].numpy(), strict=True):
-            if row in position:
-                arrays["heldout_images"][position[row]] = image
-        if before:
-            arrays["latents"][before] = latents.cpu().numpy()
-        latents, before = encoded, rows
-    if before:
-        arrays["latents"][before] = latents.cpu().numpy()
-    for array in arrays.values():
-        array.flush()
-    distributed.barrier()
-
-    # The main process describes them and makes the folder appear.
-    if distributed.is_main():
-        if not np.isfinite(arrays["latents"]).all():
-            raise ValueError(
-                f"{folder}: not written, since the VAE gives latents that are not finite"
-            )
-        with open(partial / "manifest.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
-            for i, row in enumerate(dataset.rows):
-                writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
-        style, notes = measure_style(
-            arrays["contours"][: dataset.slices], dataset.facts.contour_style
-        )
-        labels = {row.label for row in dataset.rows if row.split == "train"}
-        meta = {
-            "latent_shape": [count, *latent],
-            "contour_shape": list(shapes["contours"][0]),
-            "window": list(dataset.window),
-            "latent_scale": LATENT_SCALE,
-            "classes": sorted(labels - {""}),
-            "contour_style": style,
-            "latents_sha256": file_hash(partial / "latents.npy"),
-            "contours_sha256": file_hash(partial / "contours.npy"),
-            "environment": environment(),
-            **facts,
-        }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
-    return notes
-
-
-def measure_style(contours: np.ndarray, declared: str | None) -> tuple[str | None, list[str]]:
-    """The style of contours (rows, K, H, W), and a warning where they have several.
-
-    It is as dataset.json says (`declared`), else that of nine in ten of the contours which have
-    a clear one, else None.
-    """
-    rows = np.linspace(0, len(contours) - 1, min(len(contours), MEASURED)).round().astype(int)
-    counts = Counter(ct.contour_style(contours[row]) for row in rows)
-    del counts[None]
-    style, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))
-    notes = []
-    if {declared or style} != {*counts, declared or style}:
-        found = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        said = f", and dataset.json says {declared}" if declared else ""
-        notes.append(
-            f"WARNING: contours of several styles: of {len(rows)} looked at {found}{said}; "
-            "expected one style; convert them by scripts/prepare_data.py --contour_style"
-        )
-    if declared is None and most < 0.9 * counts.total():
-        style = None
-    return declared or style, notes
-
-
-def encode_csv(
-    folder: str | Path,
-    csv_file: str | Path,
-    root: str | Path,
-    vae: VAE,
-    vae_file: str | Path,
-    vae_content: dict,
-    contour_channels: int,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    views: Views = Views(),
-    overwrite: bool = False,
-    remedy: str = "use --overwrite",
-) -> list[str]:
-    """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
-
-    Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
-    from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
-    `overwrite`.
-    """
-    folder = Path(folder)
-    rows, notes = read_table(csv_file, root, Split(**vae_content["split"]))
-    dataset = CTDataset(
-        rows,
-        root,
-        Path(csv_file).parent,
-        vae.config["image_size"],
-        tuple(vae_content["window"]),
-        contour_channels,
-        views,
-    )
-    facts = {
-        "views": list(astuple(views)),
-        "vae_sha256": file_hash(vae_file),
-        "label_csv_sha256": file_hash(csv_file),
-        "files_sha256": dataset.fingerprint(),
-        "split": vae_content["split"],
-    }
-    said = dataset.facts.pixel_spacing, dataset.facts.contour_style
-    if said != (None, None):
-        facts["dataset_json"] = list(said)
-    notes += dataset.notes()
-    if vae_content["lineage"].get("label_csv") != facts["label_csv_sha256"]:
-        notes.append(
-            f"WARNING: {csv_file} is not the table that the VAE was trained with. A patient whose "
-            "patient_id or split changed since may now be held out, but was trained on."
-        )
-    present = folder.exists() and any(folder.iterdir())
-    if present and not (folder / "meta.json").is_file():
-        raise ValueError(f"{folder}: not a latent data set, and not empty; it is left as it is")
-    if present and not overwrite:
-        existing = LatentDataset(folder)
-        for name, value in facts.items():
-            found = existing.meta.get(name)
-            require_equal(f"{folder}: its {name}", found, value, remedy)
-        require_equal(
-            f"{folder}: its contour channels",
-            existing.contour_channels,
-            contour_channels,
-            f"{remedy}, or the same --contour_channels",
-        )
-        return [*notes, f"{folder} holds these latents already; nothing to encode"]
-    sizes, _ = dataset.check()  # also a barrier: no rank sees what another is about to write
-    facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
-    return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from fibldm import ct, disease
-from fibldm.datasets import CTDataset, chunks, create_array
+from fibldm.datasets import CTDataset, chunks
+from fibldm.disk import create_array
 from fibldm.lungs import lung_mask
 from fibldm.metrics import Following, contour_dice, hausdorff95
 from fibldm.privacy import Match, Privacy

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from fibldm.checkpoint import replace_text
+from fibldm.disk import replace_text
 
 PART = 2**24  # bytes of a part of the log: at this size metrics.jsonl becomes metrics.0001.jsonl
 PICTURES = 20  # newest pictures that a resumed run shows in TensorBoard again

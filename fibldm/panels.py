@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
 
-from fibldm.ct import write_atomically
+from fibldm.disk import write_atomically
 
 OUTLINE = (255, 190, 0)
 MIN_CELL = 128  # pixels: smaller slices are enlarged by a whole factor

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fibldm.ct import write_atomically
+from fibldm.disk import write_atomically
 from fibldm.scores import Score
 
 WORDS = ("good", "doubtful", "bad", "not judged")

@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import shutil
 import signal
 import sys
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fibldm import distributed, limits
-from fibldm.checkpoint import Stateful, load_training, replace_text, save_model, save_training
+from fibldm.checkpoint import Stateful, load_training, save_model, save_training
+from fibldm.disk import TEMPORARY, keep, replace_text
 from fibldm.environment import environment
 from fibldm.journal import Journal
 from fibldm.training import STOPPED, Batches, part_size
@@ -131,7 +131,7 @@ class Run:
         if distributed.is_main():
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             self._claim()
-            for left in self.folder.glob(".*.tmp"):  # by a kill in the middle of a write
+            for left in self.folder.glob(f"{TEMPORARY}*"):  # by a kill in the middle of a write
                 left.unlink()
             replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
             self.journal = Journal(self.folder, lambda text: self.warn([text]))
@@ -518,15 +518,3 @@ def read_settings(file: Path) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: damaged: expected an object; use another --save_dir")
     return settings
-
-
-def keep(path: Path, as_path: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    temporary = as_path.with_name(f".{as_path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, as_path)
-    temporary.unlink(missing_ok=True)  # a rename to a name of the same file does nothing

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fibldm import ct, limits
 from fibldm.checkpoint import file_hash
-from fibldm.datasets import Row, list_some
+from fibldm.tables import Row, list_some
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
 PAIRED = "contour of "  # before an image of label.csv, in the column `contour` of samples.csv

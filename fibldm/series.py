@@ -12,8 +12,8 @@ import numpy as np
 from pydicom.uid import ImplicitVRLittleEndian
 
 from fibldm import arrays, ct, dicom, limits, nifti
-from fibldm.datasets import SPLITS, read_lines
 from fibldm.inspection import hu_problem
+from fibldm.tables import SPLITS, read_lines
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),

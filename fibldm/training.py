@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import errno
 import os
 import signal
 import sys
@@ -347,7 +348,9 @@ def run_script(main, parse_args) -> None:
         if program or os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}\n")
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free space, and run the same command again" if full else ""
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}{remedy}\n")
         code = 2
     distributed.leave(_tell_torchrun(code) if code in (2, STOPPED) else code)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import ct, inspection, panels
-from fibldm.datasets import SPLITS, Row, Split, TableProblem, parse_table
+from fibldm.tables import SPLITS, Row, Split, TableProblem, parse_table
 from fibldm.training import fraction, make_parser, positive, run_script
 
 SHOWN, CELLS = 5, 64  # problems of a kind that are printed; slices on the contact sheet

@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fibldm import ct, dicom
-from fibldm.datasets import read_lines
+from fibldm import ct, dicom, disk
 from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.series import LeftOut, Options, Series, find_series, read_series
+from fibldm.tables import read_lines
 from fibldm.training import fraction, make_parser, positive, positive_float, run_script
 
 INTERCEPT = -1024  # HU of a stored 0
@@ -284,7 +284,7 @@ def _write(
                 files, (stored[i], contour.astype(np.uint8) * 255), strict=True
             ):
                 written.append(output / file)
-                ct.write_atomically(output / file, Image.fromarray(pixels).save)
+                disk.write_atomically(output / file, Image.fromarray(pixels).save)
             lines.append({"image": files[0].as_posix(), "contour": files[1].as_posix(), **cells})
     except OSError as error:
         for path in written:
@@ -450,7 +450,7 @@ def open_output(args: argparse.Namespace, settings: Settings) -> Pseudonyms:
     write_text(facts_file, json.dumps(facts, indent=2) + "\n")
     for folder in FOLDERS:
         (output / folder).mkdir(exist_ok=True)
-        for torn in (output / folder).glob(".tmp_*"):  # of a run that was killed
+        for torn in (output / folder).glob(f"{disk.TEMPORARY}*"):  # of a run that was killed
             torn.unlink()
     if args.overwrite:
         for path in (output / "label.csv", output / "labels.json", *records_of(output)):
@@ -489,7 +489,7 @@ def read_json(path: Path) -> dict:
 def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ct.write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
+        disk.write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
     except OSError as error:
         raise CannotWrite(f"{path}: cannot be written: {error.strerror or error}") from error
 

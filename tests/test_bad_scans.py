@@ -16,7 +16,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from scans import SIZE, ct_dataset, ct_datasets, lungs, nifti, scan, write_dicom
 from test_prepare_data import prepare, prepare_data, rows_of, volume_of
 
-from fibldm import ct
+from fibldm import disk
 
 BAD = {"PatientID": "bad", "SeriesInstanceUID": "1.9"}
 
@@ -434,7 +434,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     for patient in range(3):
         changes = {"PatientID": f"P{patient}", "SeriesInstanceUID": f"1.2.{patient}"}
         write_dicom(tmp_path / "in" / str(patient), ct_datasets(patient, **changes))
-    written, real = [], ct.write_atomically
+    written, real = [], disk.write_atomically
 
     def write_atomically(path, write):
         written.append(path)
@@ -443,7 +443,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
         real(path, write)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ct, "write_atomically", write_atomically)
+        patch.setattr(disk, "write_atomically", write_atomically)
         refused("No space left on device; 2 of 3 series are done and kept", tmp_path / "in")
     data = tmp_path / "data"
     assert len(list((data / "images").iterdir())) == len(list((data / "contours").iterdir())) == 10
@@ -456,7 +456,7 @@ def test_a_full_disk_at_the_table_keeps_the_old_one(tmp_path, monkeypatch):
     data = prepare(tmp_path / "in")
     before = (data / "label.csv").read_bytes()
     write_dicom(tmp_path / "in" / "1", ct_datasets(1, **BAD))
-    real = ct.write_atomically
+    real = disk.write_atomically
 
     def write_atomically(path, write):
         if path.name == "label.csv":
@@ -464,7 +464,7 @@ def test_a_full_disk_at_the_table_keeps_the_old_one(tmp_path, monkeypatch):
         real(path, write)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ct, "write_atomically", write_atomically)
+        patch.setattr(disk, "write_atomically", write_atomically)
         refused("No space left on device", tmp_path / "in")
     assert (data / "label.csv").read_bytes() == before
     prepare(tmp_path / "in")

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fibldm import checkpoint
+from fibldm import disk
 from fibldm.checkpoint import (
     VERSION,
     file_hash,
     load,
     load_model,
     load_training,
-    replace_text,
     save,
     save_model,
     save_training,
@@ -74,7 +73,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, culprit):
         raise OSError("No space left on device")
 
     module, name = culprit.split(".")
-    monkeypatch.setattr(getattr(checkpoint, module), name, fail)
+    monkeypatch.setattr({"torch": torch, "os": disk.os}[module], name, fail)
     with pytest.raises(OSError, match="No space"):
         save(path, {**CONTENT, "names": []})
     monkeypatch.undo()
@@ -259,16 +258,3 @@ def test_other_parts_or_shapes_are_refused(tmp_path):
         load_training(path, "train_x", {**parts, "model": nn.Linear(4, 2)}, {})
     with pytest.raises(ValueError, match=r"last\.pth.*train_y"):
         load_training(path, "train_y", parts, {})
-
-
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "args.json"
-    replace_text(path, "old")
-
-    def fail(*args):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        replace_text(path, "new")
-    assert path.read_text() == "old"

@@ -348,20 +348,6 @@ def test_resizing_keeps_the_mean_and_the_range(size):
         assert fitted.std() < 1.1 * size / 48 * fine.std()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def write(temporary):
-        temporary.write_text("half")
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        ct.write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("side", [256, 300, 512, 768])
 def test_contours_survive_resizing(side):
     """A mask keeps its area; an outline of one pixel stays closed, around the same area."""

@@ -20,18 +20,14 @@ from fibldm.checkpoint import file_hash, load, save, save_model
 from fibldm.datasets import (
     CTDataset,
     LatentDataset,
-    Row,
-    Split,
     StoredRows,
     Views,
     ahead,
-    create_array,
-    encode_csv,
-    read_table,
     shift_slices,
     training_batches,
-    write_latents,
 )
+from fibldm.encoding import encode_csv, write_latents
+from fibldm.tables import Row, Split, read_table
 from fibldm.training import Batches, item_noise, item_uniform
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
@@ -135,8 +131,8 @@ def test_rows_are_read(tmp_path):
     text = f"{HEADER}\n a.png , a_c.png,p0, fibrosis ,train\n\nb.png,b_c.png,p1,,val\n"
     rows, notes = table(tmp_path, text)
     assert rows == [
-        datasets.Row("a.png", "a_c.png", "p0", "fibrosis", "train"),
-        datasets.Row("b.png", "b_c.png", "p1", "", "val"),
+        Row("a.png", "a_c.png", "p0", "fibrosis", "train"),
+        Row("b.png", "b_c.png", "p1", "", "val"),
     ]
     assert notes == []
 
@@ -353,7 +349,7 @@ def encode(folder: Path, csv_file: Path, vae_file: Path, **options) -> list[str]
     content = load(vae_file, "vae")
     vae = VAE(**content["config"]).eval()
     vae.load_state_dict(content["state"])
-    options = {"contour_channels": 1, **options}
+    options = {"contour_channels": 1, "views": Views(), **options}
     return encode_csv(
         folder, csv_file, csv_file.parent, vae, vae_file, content, device=CPU, batch_size=4,
         workers=0, **options,
@@ -424,22 +420,6 @@ def test_latents_that_are_cut_short_in_use_are_named(latents, tmp_path):
     for index in (1, len(data) - 1):
         with pytest.raises(ValueError, match=rf"latents\.npy: row {index} is cut off .*copy it"):
             data.batch([0, index], CPU)
-
-
-def test_an_array_takes_its_room_at_once(tmp_path, monkeypatch):
-    """Sparse files would fail at any time while they are written."""
-    made = create_array(tmp_path / "a.npy", np.float32, (50, 1000))
-    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= made.nbytes == 200_000
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(datasets.os, "posix_fallocate", full)
-    with pytest.raises(
-        OSError, match=r"No space left on device for 0\.2 MiB, .* MiB are free"
-    ) as error:
-        create_array(tmp_path / "b.npy", np.float32, (50, 1000))
-    assert error.value.filename == str(tmp_path / "b.npy") and not (tmp_path / "b.npy").exists()
 
 
 def test_a_disk_that_fails_is_named_with_the_file(latents, monkeypatch):

@@ -13,10 +13,11 @@ from conftest import ROOT, sample_options
 
 import sample
 from fibldm import ct
-from fibldm.datasets import CTDataset, Split, read_table
+from fibldm.datasets import CTDataset
 from fibldm.features import ALEXNET, INCEPTION, use_weights
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice
+from fibldm.tables import Split, read_table
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate

@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "environment": set(),
     "heartbeat": set(),
     "distributed": {"heartbeat"},
-    "checkpoint": {"environment", "limits"},
-    "journal": {"checkpoint"},
+    "disk": set(),
+    "checkpoint": {"disk", "environment", "limits"},
+    "journal": {"disk"},
     "limits": set(),
-    "ct": {"dicom", "limits", "nifti"},
+    "ct": {"dicom", "disk", "limits", "nifti"},
     "nifti": {"limits"},
     "arrays": {"ct", "limits", "nifti"},
-    "series": {"arrays", "ct", "datasets", "dicom", "inspection", "limits", "nifti"},
+    "series": {"arrays", "ct", "dicom", "inspection", "limits", "nifti", "tables"},
     "jpeg": set(),
     "dicom": {"jpeg", "limits"},
     "lungs": set(),
@@ -44,17 +45,26 @@ MAY_IMPORT = {
     "privacy": {"ct", "inspection", "scores"},
     "disease": {"ct", "scores"},
     "plots": set(),
-    "report": {"ct", "scores"},
-    "samples": {"checkpoint", "ct", "datasets", "limits"},
+    "report": {"disk", "scores"},
+    "tables": {"limits"},
+    "datasets": {
+        *("checkpoint", "ct", "disk", "distributed", "limits", "tables", "training", "unet", "vae"),
+    },
+    "encoding": {
+        *("checkpoint", "ct", "datasets", "disk", "distributed", "environment", "tables", "vae"),
+    },
+    "samples": {"checkpoint", "ct", "limits", "tables"},
     "evaluation": {
-        *("ct", "datasets", "disease", "lungs", "metrics", "privacy", "samples", "vae"),
+        *("ct", "datasets", "disease", "disk", "lungs", "metrics", "privacy", "samples", "vae"),
     },
     "chapters": {
         *("ct", "disease", "evaluation", "metrics", "panels", "plots", "privacy", "report"),
         "scores",
     },
     "training": {"distributed"},
-    "run": {"checkpoint", "distributed", "environment", "journal", "limits", "training"},
+    "run": {
+        *("checkpoint", "disk", "distributed", "environment", "journal", "limits", "training"),
+    },
 }
 
 

@@ -28,12 +28,13 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
-from fibldm import ct, datasets
+from fibldm import ct, encoding
 from fibldm.checkpoint import file_hash, load_model
-from fibldm.datasets import LatentDataset, Split, read_table
+from fibldm.datasets import LatentDataset
 from fibldm.grain import grain_loss
 from fibldm.losses import structural_loss
 from fibldm.muon import Muon
+from fibldm.tables import Split, read_table
 from fibldm.unet import UNet
 from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE
 
@@ -710,7 +711,7 @@ def test_overwritten_latents_are_never_half_removed(stages, phantoms, tmp_path, 
         removed.append((Path(path).name, (tmp_path / "latents" / "meta.json").is_file()))
         rmtree(path, *rest, **more)
 
-    monkeypatch.setattr(datasets.shutil, "rmtree", watched)
+    monkeypatch.setattr(encoding.shutil, "rmtree", watched)
     table = ["--csv_file", phantoms / "label.csv", "--img_dir", phantoms, "--num_workers", "0"]
     vae = ["--vae_checkpoint", stages / "vae" / "vae_best.pth", "--device", "cpu"]
     run(encode_dataset, [*table, *vae, "--output_dir", tmp_path / "latents", "--overwrite"])

@@ -29,8 +29,9 @@ from scans import (
 )
 
 import train_vae
-from fibldm import ct
-from fibldm.datasets import CTDataset, Split, read_table
+from fibldm import ct, disk
+from fibldm.datasets import CTDataset
+from fibldm.tables import Split, read_table
 
 
 def load(name: str):
@@ -791,7 +792,7 @@ def test_killed_anywhere_and_run_again_it_ends_as_if_undisturbed(tmp_path, monke
     class Killed(BaseException):
         pass
 
-    real, left = ct.write_atomically, 0
+    real, left = disk.write_atomically, 0
 
     def write_atomically(path, write):
         nonlocal left
@@ -804,7 +805,7 @@ def test_killed_anywhere_and_run_again_it_ends_as_if_undisturbed(tmp_path, monke
     for writes in (2, 8, 12, 13, 3):  # an image, a contour, the record, the table, the report
         left = writes
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(ct, "write_atomically", write_atomically)
+            patch.setattr(disk, "write_atomically", write_atomically)
             prepare(tmp_path / "in")
     data = prepare(tmp_path / "in")
     assert len(rows_of(data)) == 15

@@ -541,10 +541,10 @@ def test_what_is_not_compared_of_the_lineage_stays_as_it_was(tmp_path):
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
     train(*begin(tmp_path / "run", steps=2))
-    (tmp_path / "run" / ".x_best.pth.tmp").write_bytes(b"half")
+    (tmp_path / "run" / ".tmp_x_best.pth").write_bytes(b"half")
     run, _ = begin(tmp_path / "run", steps=2)
     run.close()
-    assert not (tmp_path / "run" / ".x_best.pth.tmp").exists()
+    assert not (tmp_path / "run" / ".tmp_x_best.pth").exists()
 
 
 # Preflight.

@@ -310,6 +310,7 @@ def test_mistakes_and_limits_are_one_message_and_code_2(error, ended, capsys):
     assert ended(error) == 2
     shown = capsys.readouterr().err
     assert ": error: " in shown and str(error).split("\n")[0] in shown
+    assert ("free space, and run the same command again" in shown) is isinstance(error, OSError)
     assert "Traceback" not in shown
 
 

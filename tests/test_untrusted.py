@@ -18,9 +18,10 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import fuzz
-from fibldm import arrays, checkpoint, ct, datasets, limits, plots, report
-from fibldm.datasets import LatentDataset, Split
+from fibldm import arrays, checkpoint, ct, limits, plots, report
+from fibldm.datasets import LatentDataset
 from fibldm.scores import Score
+from fibldm.tables import Split, read_table
 from fibldm.vae import VAE
 
 
@@ -206,7 +207,7 @@ def test_paths_of_a_table_cannot_leave_the_data_folder(how, tmp_path):
     name = {"absolute": secret, "up": "../secret.png", "up inside": "sub/../../secret.png"}[how]
     assert (data / name).is_file()
     with pytest.raises(ValueError, match=r"(?s)1 paths do not stay below .*secret\.png"):
-        datasets.read_table(table(data, name), data, Split())
+        read_table(table(data, name), data, Split())
 
 
 def test_links_that_the_user_made_are_followed(tmp_path):
@@ -214,7 +215,7 @@ def test_links_that_the_user_made_are_followed(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "link.png").symlink_to(tmp_path / "elsewhere.png")
-    rows, _ = datasets.read_table(table(data, "link.png"), data, Split())
+    rows, _ = read_table(table(data, "link.png"), data, Split())
     assert rows[0].image == "link.png"
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, unet_options, vae_options
 from killing import SCRIPTS, contents, differences
 
-from fibldm.datasets import Split, read_table
+from fibldm.tables import Split, read_table
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = ["--steps", "30", "--save_interval", "5", "--val_interval", "10", "--log_interval", "1"]
