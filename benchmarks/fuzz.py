@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import traceback
@@ -31,6 +32,7 @@ from pathlib import Path
 import imagecodecs
 import nibabel
 import numpy as np
+import scipy.io
 import tifffile
 import torch
 from PIL import Image
@@ -232,6 +234,23 @@ def archive(file: io.BytesIO, array: np.ndarray) -> None:
 
 
 VOLUME = np.stack([slice_hu()] * 3)
+
+
+def matlab_files() -> list[bytes]:
+    """Of MATLAB 5, deflated and not; of MATLAB 4, which has no volumes."""
+    found = []
+    for version, deflated, array in (
+        ("5", True, VOLUME),
+        ("5", False, VOLUME),
+        ("4", False, VOLUME[0]),
+    ):
+        file = io.BytesIO()
+        content = {"volume": array.astype(np.float64), "note": "x" * 40}
+        scipy.io.savemat(file, content, format=version, do_compression=deflated)
+        found.append(file.getvalue())
+    return found
+
+
 FORMATS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[Path], None]]] = {
     "checkpoint": (".pth", lambda _: checkpoints(), read_checkpoint),
     "npy": (".npy", lambda _: [of_slice("npy"), of_array(np.save, slice_hu())], read_slice),
@@ -241,6 +260,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[Path], No
     "nifti": (".nii.gz", lambda _: [of_slice("nifti")], read_slice),
     "tiff": (".tif", lambda _: [of_array(tifffile.imwrite, slice_hu())], read_slice),
     "npz": (".npz", lambda _: [of_array(archive, VOLUME)], read_array),
+    "mat": (".mat", lambda _: matlab_files(), read_array),
     "json": (".json", lambda _: [FACTS.encode()], read_json),
     "latents": (".bin", latents, read_latents),
 }
@@ -288,6 +308,19 @@ def bombs(name: str) -> list[bytes]:
         with zipfile.ZipFile(dense, "w", zipfile.ZIP_BZIP2) as packed:  # inflated without a limit
             packed.writestr("volume.npy", content + b"\0" * 2**26)
         return [file.getvalue(), dense.getvalue()]
+    if name == "mat":
+        file = io.BytesIO()
+        scipy.io.savemat(file, {"volume": np.zeros((64, 64))})
+        small, size, many = file.getvalue(), 64 * 64 * 8, 2**30
+        at = small.find(struct.pack("<II", 9, size))  # where the values are said to be so many
+        packer = zlib.compressobj(9)
+        body = packer.compress(struct.pack("<II", 14, many) + small[136:at])
+        body += packer.compress(struct.pack("<II", 9, many))
+        body += b"".join(packer.compress(b"\0" * 2**24) for _ in range(many // 2**24))
+        body += packer.flush()
+        dimensions = small.find(struct.pack("<iii", 8, 64, 64)) + 4
+        claims = small[:dimensions] + struct.pack("<ii", 10**5, 10**5) + small[dimensions + 8 :]
+        return [small[:128] + struct.pack("<II", 15, len(body)) + body, claims]
     if name == "checkpoint":
         file = io.BytesIO()
         before = zipfile.ZipFile(io.BytesIO(checkpoints()[0]))

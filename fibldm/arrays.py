@@ -68,8 +68,8 @@ def load(path: Path, variable: str | None = None) -> np.ndarray:
         if kind in ("npz", "mat"):
             name = _choose(path, variable)
             limits.require_values(path, _shapes(path)[name], limits.VOLUME)
-            return np.squeeze(_read_variable(path, name))
-        if kind == "npy":
+            array = _read_variable(path, name)
+        elif kind == "npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             limits.require_values(path, array.shape, limits.VOLUME)
             array = np.array(array)
@@ -213,7 +213,17 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 and not item.external
                 and not item.is_virtual
             }
-    return {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}
+    if _is_mat_5(path):
+        limits.require_mat(path, values=False)
+    found = {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}
+    if not _is_mat_5(path):  # MATLAB 4, never deflated: a value has a byte at least
+        for shape in found.values():
+            limits.require_values(path, shape, path.stat().st_size)
+    return found
+
+
+def _is_mat_5(path: Path) -> bool:
+    return scipy.io.matlab.matfile_version(path)[0] == 1
 
 
 def _read_variable(path: Path, name: str) -> np.ndarray:
@@ -223,4 +233,6 @@ def _read_variable(path: Path, name: str) -> np.ndarray:
     if h5py.is_hdf5(path):
         with h5py.File(path) as file:
             return file[name][()].T
+    if _is_mat_5(path):
+        limits.require_mat(path, values=True)
     return scipy.io.loadmat(path, variable_names=[name])[name]

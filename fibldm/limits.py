@@ -10,7 +10,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ SETTINGS = 2**24  # bytes of a JSON file
 HEADER = 2**20  # bytes before the voxels of a NIfTI file
 DEFLATED = 2**29  # bytes that a deflated DICOM file may inflate to
 PIECE = 2**20
+MAT_DEFLATED = 15  # a part's kind in a MATLAB 5 file
+MAT_NUMBERS = range(6, 16)  # an array's class there: double to uint64
+MAT_OPAQUE = 17  # of another language, which SciPy skips
+MAT_VALUES = {*range(1, 8), 9, 12, 13}  # kinds of its values: int8 to single, double, int64, uint64
 
 
 class Bounded(io.BufferedReader):
@@ -118,16 +122,78 @@ def require_nifti(path: Path) -> None:
             raise ValueError(f"its voxels start at byte {offset:g}, expected at most {HEADER:,}")
 
 
+def _inflated(read: Callable[[int], bytes], size: int, wbits: int) -> Iterator[bytes]:
+    """What `size` deflated bytes inflate to, piece by piece."""
+    inflate = zlib.decompressobj(wbits)
+    while size > 0 and not inflate.eof and (rest := read(min(size, PIECE))):
+        size -= len(rest)
+        while rest and not inflate.eof:
+            yield inflate.decompress(rest, PIECE)
+            rest = inflate.unconsumed_tail
+
+
 def require_inflatable(deflated: bytes) -> None:
     """ValueError where raw deflated bytes inflate to more than DEFLATED bytes."""
-    inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    for start in range(0, len(deflated), PIECE):
-        rest = deflated[start : start + PIECE]
-        while rest and not inflate.eof:
-            total += len(inflate.decompress(rest, PIECE))
-            rest = inflate.unconsumed_tail
-            if total > DEFLATED:
-                raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
+    total = 0
+    for piece in _inflated(io.BytesIO(deflated).read, len(deflated), -zlib.MAX_WBITS):
+        total += len(piece)
+        if total > DEFLATED:
+            raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
+
+
+def require_mat(path: Path, values: bool) -> None:
+    """ValueError where a MATLAB 5 file's names and shapes are damaged; with `values` also where its
+    numeric arrays are, or inflate to more than their shapes need. SciPy believes what the parts of
+    a file say of themselves, and may crash.
+    """
+    with open(path, "rb") as file:
+        order = "<" if file.read(128)[126:] == b"IM" else ">"
+        while len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}II", tag)
+            end = file.tell() + size
+            if kind == MAT_DEFLATED:
+                pieces = _inflated(file.read, size, zlib.MAX_WBITS)
+            else:
+                most = path.stat().st_size if values else PIECE
+                pieces = iter([tag + file.read(min(size, most))])
+            try:
+                _require_mat_array(pieces, order, values)
+            except (zlib.error, struct.error) as error:
+                raise ValueError(f"damaged: {error}") from error
+            file.seek(end)
+
+
+def _require_mat_array(pieces: Iterator[bytes], order: str, values: bool) -> None:
+    """An array of MATLAB 5: its flags, shape, name, and the values, real and imaginary."""
+    data = bytearray()
+    while len(data) < PIECE and (piece := next(pieces, b"")):  # what comes first is small
+        data += piece
+    (flags,) = struct.unpack_from(f"{order}I", data, 16)
+    if flags & 0xFF == MAT_OPAQUE:
+        return
+    (axes,) = struct.unpack_from(f"{order}I", data, 28)
+    shape = struct.unpack_from(f"{order}{min(axes // 4, 32)}i", data, 32)
+    values = values and flags & 0xFF in MAT_NUMBERS
+    most = 16 * math.prod(max(n, 0) for n in shape) + 2 * PIECE  # complex numbers of 16 bytes
+    while values and (piece := next(pieces, b"")):
+        data += piece
+        if len(data) > most:
+            raise ValueError(
+                f"an array of {shape} inflates to more than {most:,} bytes: damaged, or made to "
+                "fill the memory"
+            )
+    wanted, at, kinds = 3 + values + (values and flags >> 11 & 1), 8, []
+    while len(kinds) < wanted:
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        at += 8
+        if kind >> 16:  # a few bytes, which stand where the size else does
+            kind, size = kind & 0xFFFF, 0
+        if size > len(data) - at:
+            raise ValueError(f"damaged: a part of {size:,} bytes where {len(data) - at:,} are left")
+        kinds.append(kind)
+        at += -(-size // 8) * 8
+    if not set(kinds[3:]) <= MAT_VALUES:
+        raise ValueError(f"damaged: a MATLAB array of the parts {kinds}")
 
 
 def inside(name: str) -> bool:
