@@ -29,6 +29,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import h5py
 import imagecodecs
 import nibabel
 import numpy as np
@@ -251,6 +252,17 @@ def matlab_files() -> list[bytes]:
     return found
 
 
+def hdf5_files() -> list[bytes]:
+    """Of MATLAB 7.3: deflated in chunks, and as it is."""
+    found = []
+    for options in {"compression": "gzip"}, {}:
+        file = io.BytesIO()
+        with h5py.File(file, "w") as content:
+            content.create_dataset("volume", data=VOLUME, **options)
+        found.append(file.getvalue())
+    return found
+
+
 FORMATS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[Path], None]]] = {
     "checkpoint": (".pth", lambda _: checkpoints(), read_checkpoint),
     "npy": (".npy", lambda _: [of_slice("npy"), of_array(np.save, slice_hu())], read_slice),
@@ -261,6 +273,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], list[bytes]], Callable[[Path], No
     "tiff": (".tif", lambda _: [of_array(tifffile.imwrite, slice_hu())], read_slice),
     "npz": (".npz", lambda _: [of_array(archive, VOLUME)], read_array),
     "mat": (".mat", lambda _: matlab_files(), read_array),
+    "hdf5": (".mat", lambda _: hdf5_files(), read_array),
     "json": (".json", lambda _: [FACTS.encode()], read_json),
     "latents": (".bin", latents, read_latents),
 }
@@ -321,6 +334,15 @@ def bombs(name: str) -> list[bytes]:
         dimensions = small.find(struct.pack("<iii", 8, 64, 64)) + 4
         claims = small[:dimensions] + struct.pack("<ii", 10**5, 10**5) + small[dimensions + 8 :]
         return [small[:128] + struct.pack("<II", 15, len(body)) + body, claims]
+    if name == "hdf5":
+        file, claims = io.BytesIO(), io.BytesIO()
+        most = {"maxshape": (None, None), "compression": "gzip", "compression_opts": 9}
+        with h5py.File(file, "w") as content:
+            made = content.create_dataset("volume", (64, 64), "u1", chunks=(2**14, 2**14), **most)
+            made[:] = 1
+        with h5py.File(claims, "w") as content:  # without a chunk: all is the fill value
+            content.create_dataset("volume", (10**5, 10**5), "f8", chunks=(64, 64), **most)
+        return [file.getvalue(), claims.getvalue()]
     if name == "checkpoint":
         file = io.BytesIO()
         before = zipfile.ZipFile(io.BytesIO(checkpoints()[0]))

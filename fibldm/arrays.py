@@ -1,5 +1,6 @@
 """Arrays of one slice or of a volume in PNG, TIFF, NPY, NPZ and MAT files, and their axes."""
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -203,8 +204,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return shapes
     if h5py.is_hdf5(path):  # MATLAB 7.3; its axes are stored in reverse
         with h5py.File(path) as file:
-            return {
-                name: item.shape[::-1]
+            found = {
+                name: item
                 for name, item in file.items()
                 if isinstance(item, h5py.Dataset)
                 and item.dtype.kind in "buif"
@@ -213,6 +214,13 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 and not item.external
                 and not item.is_virtual
             }
+            for name, item in found.items():
+                if math.prod(item.chunks or ()) > max(item.size, limits.PIECE):
+                    raise ValueError(
+                        f"{name} of {item.shape} is stored in pieces of {item.chunks}: damaged, or "
+                        "made to fill the memory"
+                    )
+            return {name: item.shape[::-1] for name, item in found.items()}
     if _is_mat_5(path):
         limits.require_mat(path, values=False)
     found = {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}

@@ -101,6 +101,7 @@ REFUSALS = {
     "png": ["decompression bomb", "cannot be decoded"],
     "npz": [r"claims an array of \(4096, 4096, 4096\)", "packed by another method"],
     "mat": [r"array of \(64, 64\) inflates to more than", r"claims an array of \(100000, 100000\)"],
+    "hdf5": [r"stored in pieces of \(16384, 16384\)", r"claims an array of \(100000, 100000\)"],
     "checkpoint": [
         "compressed parts",
         "do not fit.*asks for more weights than the file has",
