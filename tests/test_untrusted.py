@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -149,6 +150,25 @@ def test_what_matlab_files_may_hold_is_read(dtype, deflated, tmp_path):
     content = {**scalars, "volume": values, "g": np.array(["x", 1], object)}
     scipy.io.savemat(tmp_path / "a.mat", content, do_compression=deflated)
     assert np.array_equal(arrays.load(tmp_path / "a.mat"), values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        (8, 4800, r"of the parts \[6, 5, 1, 8\]"),  # no kind of values: SciPy crashes
+        (9, 2**31 - 8, "a part of 2,147,483,640 bytes where 4,800 are left"),
+        (9, 4808, "a part of 4,808 bytes where 4,800 are left"),
+    ],
+)
+def test_damaged_values_of_matlab_files_do_not_reach_scipy(kind, size, message, tmp_path):
+    path = tmp_path / "a.mat"
+    scipy.io.savemat(path, {"volume": np.ones((20, 30))})
+    content = path.read_bytes()
+    tag = struct.pack("<II", 9, 4800)
+    assert content.count(tag) == 1
+    path.write_bytes(content.replace(tag, struct.pack("<II", kind, size)))
+    with pytest.raises(ValueError, match=rf"a\.mat: damaged: .*{message}"):
+        arrays.load(path)
 
 
 def test_complex_values_are_no_slices(tmp_path):
