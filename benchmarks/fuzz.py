@@ -336,13 +336,22 @@ def bombs(name: str) -> list[bytes]:
         return [small[:128] + struct.pack("<II", 15, len(body)) + body, claims]
     if name == "hdf5":
         file, claims = io.BytesIO(), io.BytesIO()
-        most = {"maxshape": (None, None), "compression": "gzip", "compression_opts": 9}
+        deflate = {"compression": "gzip", "compression_opts": 9}
+        most = {"maxshape": (None, None), **deflate}
         with h5py.File(file, "w") as content:
             made = content.create_dataset("volume", (64, 64), "u1", chunks=(2**14, 2**14), **most)
             made[:] = 1
         with h5py.File(claims, "w") as content:  # without a chunk: all is the fill value
             content.create_dataset("volume", (10**5, 10**5), "f8", chunks=(64, 64), **most)
-        return [file.getvalue(), claims.getvalue()]
+        inflates = io.BytesIO()
+        with h5py.File(inflates, "w") as content:
+            made = content.create_dataset(
+                "volume", (64, 64, 64), "u1", chunks=(64, 64, 64), **deflate
+            )
+            packer = zlib.compressobj(9)
+            body = b"".join(packer.compress(b"\0" * 2**24) for _ in range(64)) + packer.flush()
+            made.id.write_direct_chunk((0, 0, 0), body)
+        return [file.getvalue(), claims.getvalue(), inflates.getvalue()]
     if name == "checkpoint":
         file = io.BytesIO()
         before = zipfile.ZipFile(io.BytesIO(checkpoints()[0]))

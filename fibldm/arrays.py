@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -214,24 +215,18 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 and not item.external
                 and not item.is_virtual
             }
-            for name, item in found.items():
-                if math.prod(item.chunks or ()) > max(item.size, limits.PIECE):
-                    raise ValueError(
-                        f"{name} of {item.shape} is stored in pieces of {item.chunks}: damaged, or "
-                        "made to fill the memory"
-                    )
             return {name: item.shape[::-1] for name, item in found.items()}
-    if _is_mat_5(path):
-        limits.require_mat(path, values=False)
-    found = {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind in MAT_NUMBERS}
-    if not _is_mat_5(path):  # MATLAB 4, never deflated: a value has a byte at least
+    is_mat_5 = scipy.io.matlab.matfile_version(path)[0] == 1
+    no_images = limits.require_mat(path) if is_mat_5 else set()
+    found = {
+        name: shape
+        for name, shape, kind in scipy.io.whosmat(path)
+        if kind in MAT_NUMBERS and name.encode("latin1") not in no_images
+    }
+    if not is_mat_5:  # MATLAB 4, never deflated: a value has a byte at least
         for shape in found.values():
             limits.require_values(path, shape, path.stat().st_size)
     return found
-
-
-def _is_mat_5(path: Path) -> bool:
-    return scipy.io.matlab.matfile_version(path)[0] == 1
 
 
 def _read_variable(path: Path, name: str) -> np.ndarray:
@@ -240,7 +235,29 @@ def _read_variable(path: Path, name: str) -> np.ndarray:
             return file[name]
     if h5py.is_hdf5(path):
         with h5py.File(path) as file:
+            _require_pieces(file[name])
             return file[name][()].T
-    if _is_mat_5(path):
-        limits.require_mat(path, values=True)
     return scipy.io.loadmat(path, variable_names=[name])[name]
+
+
+def _require_pieces(item: h5py.Dataset) -> None:
+    """ValueError where an HDF5 array's pieces are, or inflate to, far more than it needs."""
+    if item.chunks is None:
+        return
+    made = item.id.get_create_plist()
+    filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+    plain = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+    if not plain.issuperset(filters) or len(set(filters)) < len(filters):
+        raise ValueError(f"packed by the filters {filters}, expected what MATLAB uses: deflate")
+    values = math.prod(item.chunks)
+    if values > max(item.size, limits.SLICE):
+        raise ValueError(
+            f"an array of {item.shape} in pieces of {item.chunks}: damaged, or made to fill the "
+            "memory"
+        )
+    if h5py.h5z.FILTER_DEFLATE in filters:
+        for i in range(item.id.get_num_chunks()):
+            place = item.id.get_chunk_info(i).chunk_offset
+            left_out, piece = item.id.read_direct_chunk(place)  # bits of filters
+            if not left_out >> filters.index(h5py.h5z.FILTER_DEFLATE) & 1:
+                limits.require_inflatable(piece, values * item.dtype.itemsize + 4, zlib.MAX_WBITS)

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from fibldm import ct, distributed, limits
 from fibldm.checkpoint import file_hash, require_equal
-from fibldm.disk import naming
+from fibldm.disk import StoredRows
 from fibldm.tables import Row, list_some
 from fibldm.training import Batches, item_generator, item_noise, item_uniform, next_row
 from fibldm.unet import NO_LABEL
@@ -296,46 +295,6 @@ def chunks(items: Sequence[int], size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-class StoredRows:
-    """The rows of a .npy file with numbers in 4D, each read when it is asked for.
-
-    Not a memory map: in one, a file that is cut short or whose disk fails while it is in use ends
-    the process without a word (SIGBUS). Raises ValueError where the file holds something else, is
-    shorter than its header says, or has become so.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy raises anything on damaged headers
-            size = path.stat().st_size if path.is_file() else 0
-            raise ValueError(f"{path.name} of {size:,} bytes cannot be read: {error}") from error
-        if found.ndim != 4 or found.dtype.kind not in "fui" or np.isfortran(found):
-            raise ValueError(
-                f"{path.name}: {found.dtype} {found.shape}, expected 4D, the last axis innermost"
-            )
-        self.shape, self.dtype, self.start = found.shape, found.dtype, found.offset
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this lives)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: int | slice | Sequence[int]) -> np.ndarray:
-        rows = np.arange(len(self))[index]
-        values = np.empty((rows.size, math.prod(self.shape[1:])), self.dtype)
-        for row, place in zip(rows.flat, values.view(np.uint8), strict=True):
-            at = self.start + int(row) * place.nbytes
-            with naming(self.path):
-                size = os.preadv(self.file.fileno(), [place], at)
-            if size < place.nbytes:
-                raise ValueError(
-                    f"{self.path}: row {row} is cut off ({size} of {place.nbytes} bytes): the file "
-                    "became shorter while it was in use; copy it again, or encode again"
-                )
-        return values.reshape(*rows.shape, *self.shape[1:])
-
-
 class LatentDataset:
     """A folder of latents, read row by row: see `write_latents` for what it holds.
 
@@ -362,6 +321,9 @@ class LatentDataset:
                 StoredRows(self.folder / f"{name}.npy")
                 for name in ("latents", "contours", "heldout_images")
             )
+            for array in self.latents, self.contours, self._heldout:
+                if array.ndim != 4:
+                    raise ValueError(f"{array.path.name}: {array.shape}, expected 4D")
             self._read_facts()
         except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error

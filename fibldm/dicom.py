@@ -26,7 +26,7 @@ class _Deflatable(limits.Bounded):
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
         if size is None or size < 0:
-            limits.require_inflatable(content)
+            limits.require_inflatable(content, limits.DEFLATED)
         return content
 
 

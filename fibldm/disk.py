@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 TEMPORARY = ".tmp_"  # what a file's name begins with until it is whole
 
@@ -64,20 +67,76 @@ def keep(path: Path, as_path: Path) -> None:
     temporary.unlink(missing_ok=True)  # a rename to a name of the same file does nothing
 
 
-def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A new .npy file, mapped, for which the disk has room: the whole is taken at once.
+class StoredRows:
+    """An array in a .npy file whose rows are read, and written, when they are asked for.
 
-    Else writing through the map would end the process without a word (SIGBUS) once the disk is
-    full. Raises OSError where it is.
+    No memory map: where one's file is cut short, or its disk is full or fails, the process ends
+    without a word (SIGBUS), and processes of several nodes that write to one page of it overwrite
+    each other. Raises ValueError where the file is no array of numbers in C order, or shorter than
+    its header says, or has become so.
     """
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    size = path.stat().st_size
-    try:
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        path.unlink()
-        what = f"{error.strerror} for {size / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
-        raise OSError(error.errno, what, str(path)) from error
-    return array
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        self.path = path
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # numpy raises anything on damaged headers
+            size = path.stat().st_size if path.is_file() else 0
+            raise ValueError(f"{path.name} of {size:,} bytes cannot be read: {error}") from error
+        if not isinstance(found, np.memmap) or found.dtype.kind not in "fui" or not found.ndim:
+            raise ValueError(f"{path.name}: expected an array of numbers")
+        if not found.flags.c_contiguous:
+            raise ValueError(f"{path.name}: its last axis is not the innermost")
+        self.shape, self.dtype, self.ndim, self.start = (
+            found.shape, found.dtype, found.ndim, found.offset,
+        )  # fmt: skip
+        self.file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _places(self, index: Any, values: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
+        """Of each row at the index: its number, where it is in the file, its bytes in `values`."""
+        rows = np.arange(len(self))[index]
+        flat = values.reshape(rows.size, math.prod(self.shape[1:])).view(np.uint8)
+        for row, place in zip(rows.flat, flat, strict=True):
+            yield int(row), self.start + int(row) * place.nbytes, memoryview(place)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> np.ndarray:
+        values = np.empty((*np.arange(len(self))[index].shape, *self.shape[1:]), self.dtype)
+        for row, at, place in self._places(index, values):
+            done = 0
+            with naming(self.path):
+                while size := os.preadv(self.file.fileno(), [place[done:]], at + done):
+                    done += size
+            if done < len(place):
+                raise ValueError(
+                    f"{self.path}: row {row} is cut off ({done} of {len(place)} bytes): the file "
+                    "became shorter while it was in use; copy it again, or encode again"
+                )
+        return values
+
+    def __setitem__(self, index: int | slice | Sequence[int], values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, self.dtype)
+        for _, at, place in self._places(index, values):
+            done = 0
+            with naming(self.path):
+                while done < len(place):
+                    done += os.pwrite(self.file.fileno(), place[done:], at + done)
+
+    def flush(self) -> None:
+        with naming(self.path):
+            os.fsync(self.file.fileno())
+
+
+def create_rows(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> StoredRows:
+    """A new .npy file of zeros; OSError where the disk has no room for it, before it is filled."""
+    size, free = np.dtype(dtype).itemsize * math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:
+        what = f"No space left on device for {size / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free"
+        raise OSError(errno.ENOSPC, what, str(path))
+    with naming(path), open(path, "wb") as file:
+        facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, facts)
+        file.truncate(file.tell() + size)
+    return StoredRows(path, writable=True)

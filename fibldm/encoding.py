@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fibldm import ct, distributed
 from fibldm.checkpoint import file_hash, require_equal
 from fibldm.datasets import CTDataset, LatentDataset, Views, ahead, chunks, load_slices
-from fibldm.disk import create_array, sync_folder
+from fibldm.disk import StoredRows, create_rows, sync_folder
 from fibldm.environment import environment
 from fibldm.tables import Split, read_table
 from fibldm.vae import LATENT_SCALE, VAE
@@ -56,13 +56,13 @@ def write_latents(
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, (shape, dtype) in shapes.items():
-            create_array(partial / f"{name}.npy", dtype, shape)
+            create_rows(partial / f"{name}.npy", dtype, shape)
     distributed.barrier()
-    arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in shapes}
+    arrays = {name: StoredRows(partial / f"{name}.npy", writable=True) for name in shapes}
     position = {row: i for i, row in enumerate(held)}
     mine = chunks(distributed.share(count), batch_size)
     loaded = ahead(load_slices(dataset, mine, workers, device))
-    latents, before = None, []
+    latents, before, finite = None, [], True
     quiet = None if distributed.is_main() else True
     for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
         distributed.alive()
@@ -77,25 +77,23 @@ def write_latents(
         if before:
             arrays["latents"][before] = latents.cpu().numpy()
         latents, before = encoded, rows
+        finite &= bool(encoded.isfinite().all())
     if before:
         arrays["latents"][before] = latents.cpu().numpy()
     for array in arrays.values():
         array.flush()
-    distributed.barrier()
+    if distributed.any_rank(not finite, device):  # also a barrier
+        raise ValueError(f"{folder}: not written, since the VAE gives latents that are not finite")
 
     # The main process describes them and makes the folder appear.
     if distributed.is_main():
-        if not np.isfinite(arrays["latents"]).all():
-            raise ValueError(
-                f"{folder}: not written, since the VAE gives latents that are not finite"
-            )
         with open(partial / "manifest.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
             for i, row in enumerate(dataset.rows):
                 writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
         style, notes = measure_style(
-            arrays["contours"][: dataset.slices], dataset.facts.contour_style
+            arrays["contours"], dataset.slices, dataset.facts.contour_style
         )
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
@@ -123,13 +121,15 @@ def write_latents(
     return notes
 
 
-def measure_style(contours: np.ndarray, declared: str | None) -> tuple[str | None, list[str]]:
-    """The style of contours (rows, K, H, W), and a warning where they have several.
+def measure_style(
+    contours: StoredRows, slices: int, declared: str | None
+) -> tuple[str | None, list[str]]:
+    """The style of the first `slices` contours (rows, K, H, W), and a warning where it differs.
 
     It is as dataset.json says (`declared`), else that of nine in ten of the contours which have
     a clear one, else None.
     """
-    rows = np.linspace(0, len(contours) - 1, min(len(contours), MEASURED)).round().astype(int)
+    rows = np.linspace(0, slices - 1, min(slices, MEASURED)).round().astype(int)
     counts = Counter(ct.contour_style(contours[row]) for row in rows)
     del counts[None]
     style, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))

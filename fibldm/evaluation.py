@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fibldm import ct, disease
 from fibldm.datasets import CTDataset, chunks
-from fibldm.disk import create_array
+from fibldm.disk import StoredRows, create_rows
 from fibldm.lungs import lung_mask
 from fibldm.metrics import Following, contour_dice, hausdorff95
 from fibldm.privacy import Match, Privacy
@@ -246,10 +246,10 @@ class Copies:
 
     def read(
         self, data: CTDataset, path: Path, workers: Workers
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """All slices (N, S, S), and their latents where there is a VAE, as memory maps."""
+    ) -> tuple[StoredRows, StoredRows | None]:
+        """All slices (N, S, S), and their latents where there is a VAE, in files."""
         shape = len(data), data.image_size, data.image_size
-        images = create_array(path.with_name(f"{path.name}_images.npy"), np.float32, shape)
+        images = create_rows(path.with_name(f"{path.name}_images.npy"), np.float32, shape)
         read = workers.map(partial(image_of, data), range(len(data)), f"{path.name} slices")
         for i, image in enumerate(read):
             images[i] = image
@@ -260,7 +260,7 @@ class Copies:
             some = self.encode(images[rows])
             if latents is None:
                 file = path.with_name(f"{path.name}_latents.npy")
-                latents = create_array(file, some.dtype, (len(data), *some.shape[1:]))
+                latents = create_rows(file, some.dtype, (len(data), *some.shape[1:]))
             latents[rows] = some
         return images, latents
 

@@ -27,6 +27,7 @@ DEFLATED = 2**29  # bytes that a deflated DICOM file may inflate to
 PIECE = 2**20
 MAT_DEFLATED = 15  # a part's kind in a MATLAB 5 file
 MAT_NUMBERS = range(6, 16)  # an array's class there: double to uint64
+MAT_COMPLEX = 0x800  # an array's flag
 MAT_OPAQUE = 17  # of another language, which SciPy skips
 MAT_VALUES = {*range(1, 8), 9, 12, 13}  # kinds of its values: int8 to single, double, int64, uint64
 
@@ -132,68 +133,67 @@ def _inflated(read: Callable[[int], bytes], size: int, wbits: int) -> Iterator[b
             rest = inflate.unconsumed_tail
 
 
-def require_inflatable(deflated: bytes) -> None:
-    """ValueError where raw deflated bytes inflate to more than DEFLATED bytes."""
+def require_inflatable(deflated: bytes, most: int, wbits: int = -zlib.MAX_WBITS) -> None:
+    """ValueError where deflated bytes, raw or as `wbits` says, inflate to more than `most`."""
     total = 0
-    for piece in _inflated(io.BytesIO(deflated).read, len(deflated), -zlib.MAX_WBITS):
+    for piece in _inflated(io.BytesIO(deflated).read, len(deflated), wbits):
         total += len(piece)
-        if total > DEFLATED:
-            raise ValueError(f"inflates to more than {DEFLATED:,} bytes, expected less")
+        if total > most:
+            raise ValueError(f"inflates to more than {most:,} bytes, expected less")
 
 
-def require_mat(path: Path, values: bool) -> None:
-    """ValueError where a MATLAB 5 file's names and shapes are damaged; with `values` also where its
-    numeric arrays are, or inflate to more than their shapes need. SciPy believes what the parts of
-    a file say of themselves, and may crash.
+def require_mat(path: Path) -> set[bytes]:
+    """The names of a MATLAB 5 file's complex arrays; ValueError where what it says of its arrays
+    does not fit together: SciPy takes the room that values are said to need, whatever their shape,
+    and may crash on parts of another kind.
     """
+    names = set()
     with open(path, "rb") as file:
         order = "<" if file.read(128)[126:] == b"IM" else ">"
         while len(tag := file.read(8)) == 8:
             kind, size = struct.unpack(f"{order}II", tag)
             end = file.tell() + size
-            if kind == MAT_DEFLATED:
-                pieces = _inflated(file.read, size, zlib.MAX_WBITS)
-            else:
-                most = path.stat().st_size if values else PIECE
-                pieces = iter([tag + file.read(min(size, most))])
             try:
-                _require_mat_array(pieces, order, values)
+                if kind == MAT_DEFLATED:
+                    head = next(_inflated(file.read, size, zlib.MAX_WBITS), b"")
+                else:
+                    head = tag + file.read(min(size, PIECE))
+                names |= _require_mat_array(head, order)
             except (zlib.error, struct.error) as error:
                 raise ValueError(f"damaged: {error}") from error
             file.seek(end)
+    return names
 
 
-def _require_mat_array(pieces: Iterator[bytes], order: str, values: bool) -> None:
-    """An array of MATLAB 5: its flags, shape, name, and the values, real and imaginary."""
-    data = bytearray()
-    while len(data) < PIECE and (piece := next(pieces, b"")):  # what comes first is small
-        data += piece
-    (flags,) = struct.unpack_from(f"{order}I", data, 16)
+def _require_mat_array(head: bytes, order: str) -> set[bytes]:
+    """Of an array's first bytes, its flags, shape, name and values: its name if it is complex."""
+
+    def part(at: int) -> tuple[int, int, int, int]:
+        """Kind, bytes, and where they are, of the part here; where the next one is."""
+        kind, size = struct.unpack_from(f"{order}II", head, at)
+        if kind >> 16:  # a few bytes, in the place of their number
+            return kind & 0xFFFF, min(kind >> 16, 4), at + 4, at + 8
+        return kind, size, at + 8, at + 8 + -(-size // 8) * 8
+
+    (flags,) = struct.unpack_from(f"{order}I", head, 16)
     if flags & 0xFF == MAT_OPAQUE:
-        return
-    (axes,) = struct.unpack_from(f"{order}I", data, 28)
-    shape = struct.unpack_from(f"{order}{min(axes // 4, 32)}i", data, 32)
-    values = values and flags & 0xFF in MAT_NUMBERS
-    most = 16 * math.prod(max(n, 0) for n in shape) + 2 * PIECE  # complex numbers of 16 bytes
-    while values and (piece := next(pieces, b"")):
-        data += piece
-        if len(data) > most:
-            raise ValueError(
-                f"an array of {shape} inflates to more than {most:,} bytes: damaged, or made to "
-                "fill the memory"
-            )
-    wanted, at, kinds = 3 + values + (values and flags >> 11 & 1), 8, []
-    while len(kinds) < wanted:
-        kind, size = struct.unpack_from(f"{order}II", data, at)
-        at += 8
-        if kind >> 16:  # a few bytes, which stand where the size else does
-            kind, size = kind & 0xFFFF, 0
-        if size > len(data) - at:
-            raise ValueError(f"damaged: a part of {size:,} bytes where {len(data) - at:,} are left")
-        kinds.append(kind)
-        at += -(-size // 8) * 8
-    if not set(kinds[3:]) <= MAT_VALUES:
-        raise ValueError(f"damaged: a MATLAB array of the parts {kinds}")
+        return set()
+    _, size, place, at = part(24)
+    shape = struct.unpack_from(f"{order}{min(size // 4, 32)}i", head, place)
+    _, size, place, at = part(at)
+    name = head[place : place + size].rstrip(b"\0")
+    if at > len(head):
+        raise ValueError(f"damaged: a name of {size:,} bytes where {len(head) - place:,} are left")
+    if flags & 0xFF not in MAT_NUMBERS:
+        return set()
+    kind, size, _, _ = part(at)
+    most = 8 * math.prod(max(n, 0) for n in shape)
+    if kind not in MAT_VALUES or size > most:
+        raise ValueError(
+            f"damaged: {size:,} bytes of kind {kind} for an array of {shape}; expected numbers of "
+            f"at most {most:,} bytes"
+        )
+    return {name} if flags & MAT_COMPLEX else set()
 
 
 def inside(name: str) -> bool:

@@ -46,7 +46,7 @@ class Match:
 
 
 class Rows:
-    """Some rows of an array such as a memory map, read only when they are asked for."""
+    """Some rows of an array, such as one in a file, read only when they are asked for."""
 
     def __init__(self, array: np.ndarray, rows: Sequence[int]) -> None:
         self.array, self.rows = array, np.asarray(rows, int)
@@ -63,7 +63,7 @@ class Privacy:
 
     train: (N, H, W) in [-1, 1], train_latents: (N, C, h, w) with mean about 0, or None for a space
     that is left out; train_patients: N. The first two may be anything that has a length and gives
-    rows by a slice or a number (a memory map, `Rows`): they are read block by block, and 2 KiB a
+    rows by a slice or a number (`StoredRows`, `Rows`): they are read block by block, and 2 KiB a
     slice are kept. Call `calibrate` first. Raises ValueError where lengths differ or there is
     nothing to compare.
     """

@@ -133,6 +133,8 @@ class Run:
             self._claim()
             for left in self.folder.glob(f"{TEMPORARY}*"):  # by a kill in the middle of a write
                 left.unlink()
+            for left in self.folder.glob(".*.tmp"):  # the same, of an older version
+                left.unlink()
             replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
             self.journal = Journal(self.folder, lambda text: self.warn([text]))
             self.journal.open(step, self.progress["validated"])
@@ -379,6 +381,7 @@ class Run:
         done = "all saved" if saved else self._where_saved()
         self.say(f"stopped after step {step}{why}, {done}; the same command goes on from there")
         self.close()
+        distributed.barrier()  # else torchrun would end those that are still at it
         raise SystemExit(STOPPED)
 
     def is_best(self, loss: float, copies: bool = False) -> bool:

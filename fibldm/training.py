@@ -5,7 +5,6 @@ import contextlib
 import copy
 import errno
 import os
-import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,12 @@ from torch import Tensor
 
 from fibldm import distributed
 
+MISTAKE = 2  # exit code of a user's mistake, or a limit of the machine
 STOPPED = 75  # exit code of a run that stopped early with all saved: the same command goes on
 GIB = 2**30
+PASSING = {  # errors of a file system that may be well the next time
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTDOWN),
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -328,7 +331,9 @@ def run_script(main, parse_args) -> None:
     """Run a script; a user's mistake or a machine's limit ends it with one message and code 2.
 
     With FIBLDM_TRACEBACK=1 in the environment the traceback is shown too, as it always is of an
-    error of the program, which ends with code 1. A run that stopped early ends with code 75.
+    error of the program, which ends with code 1, as does what may go well another time. A run that
+    stopped early ends with code 75, but for workers that torchrun alone, without
+    scripts/launch.py, would then start again: they end with 0.
     """
 
     def end_at_once(*error: Any) -> None:
@@ -341,36 +346,21 @@ def run_script(main, parse_args) -> None:
         args = parse_args()
         main(args)
     except SystemExit as stop:  # after a signal, or by argparse
-        code = stop.code or 0
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        again = stop.code == STOPPED and restarts and "FIBLDM_LAUNCHER" not in os.environ
+        code = 0 if again else stop.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         memory = out_of_memory(error, args)
         program = memory is None and isinstance(error, RuntimeError)
         if program or os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT)
         remedy = "; free space, and run the same command again" if full else ""
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}{remedy}\n")
-        code = 2
-    distributed.leave(_tell_torchrun(code) if code in (2, STOPPED) else code)
-
-
-def _tell_torchrun(code: int) -> int:
-    """Keep torchrun from a restart that would end with this code again; return the code to give.
-
-    Under scripts/launch.py the first process leaves the code in a link, which is there whole or
-    not at all. Torchrun alone does not start again what ends with 0, and can't be told of a
-    mistake, which only some of its workers may have found.
-    """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if link := os.environ.get("FIBLDM_CODE"):
-        with contextlib.suppress(FileExistsError):
-            os.symlink(str(code), link)
-            if restarts:
-                os.kill(os.getppid(), signal.SIGTERM)
-    elif restarts and code == STOPPED:
-        return 0
-    return code
+        code = 1 if number in PASSING else MISTAKE
+    distributed.leave(code)
 
 
 def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:

@@ -19,6 +19,7 @@ fi
 launch() {
     local python
     python="$(dirname "$(command -v torchrun)")/python"
+    [ -x "$python" ] || python=python
     if [ -n "${RANK:-}" ] || { [ "$NODES" -eq 1 ] && [ "$GPUS" = 1 ]; }; then
         exec "$python" "$@"
     fi

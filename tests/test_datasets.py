@@ -15,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fibldm import ct, datasets
+from fibldm import ct
 from fibldm.checkpoint import file_hash, load, save, save_model
 from fibldm.datasets import (
     CTDataset,
     LatentDataset,
-    StoredRows,
     Views,
     ahead,
     shift_slices,
@@ -386,30 +385,6 @@ def test_latents_are_those_of_the_vae(latents):
     assert data.meta["latents_sha256"] == file_hash(folder / "latents.npy")
 
 
-@pytest.mark.parametrize("dtype", ["<f4", "<f2", "u1", ">i8"])
-def test_stored_rows_are_those_of_the_file(dtype, tmp_path):
-    array = np.random.default_rng(0).integers(0, 200, (9, 2, 3, 4)).astype(dtype)
-    np.save(tmp_path / "a.npy", array)
-    rows = StoredRows(tmp_path / "a.npy")
-    assert len(rows) == 9 and rows.shape == array.shape and rows.dtype == array.dtype
-    for index in (3, -1, [4, 2, 2], slice(5, 8), slice(None), np.array([1, 8])):
-        assert np.array_equal(rows[index], array[index])
-    assert rows[[]].shape == (0, 2, 3, 4)
-    with pytest.raises(IndexError):
-        rows[9]
-
-
-def test_other_arrays_are_no_rows(tmp_path):
-    for name, array in (
-        ("flat", np.zeros((4, 4))),
-        ("fortran", np.asfortranarray(np.zeros((2, 3, 4, 5)))),
-        ("words", np.full((1, 1, 1, 1), "a")),
-    ):
-        np.save(tmp_path / f"{name}.npy", array)
-        with pytest.raises(ValueError, match=rf"{name}\.npy: .* expected 4D"):
-            StoredRows(tmp_path / f"{name}.npy")
-
-
 def test_latents_that_are_cut_short_in_use_are_named(latents, tmp_path):
     """Also where a memory map would end the process: beyond the last page of what is left."""
     folder = shutil.copytree(latents[0], tmp_path / "copy")
@@ -428,7 +403,7 @@ def test_a_disk_that_fails_is_named_with_the_file(latents, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(datasets.os, "preadv", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match=r"Input/output error: '.*contours\.npy'"):
         data.contours[0]
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from fibldm import disk
-from fibldm.disk import create_array, keep, naming, replace_text, write_atomically
+from fibldm.disk import (
+    StoredRows,
+    create_rows,
+    keep,
+    naming,
+    replace_text,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("place", ["write", "fsync", "replace"])
@@ -54,20 +61,57 @@ def test_a_kept_file_outlives_the_one_it_was(tmp_path, monkeypatch):
     assert kept.read_text() == "two" and set(tmp_path.iterdir()) == {path, kept}
 
 
-def test_an_array_takes_its_room_at_once(tmp_path, monkeypatch):
-    """Sparse files would fail at any time while they are written."""
-    path = tmp_path / "a.npy"
-    made = create_array(path, np.float32, (50, 1000))
-    assert path.stat().st_blocks * 512 >= made.nbytes == 200_000
-    made[3] = 1
-    made.flush()
-    assert np.array_equal(np.load(path)[3], np.ones(1000)) and not np.load(path)[4].any()
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "u1", ">i8"])
+def test_stored_rows_are_those_of_the_file(dtype, tmp_path):
+    array = np.random.default_rng(0).integers(0, 200, (9, 2, 3, 4)).astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    rows = StoredRows(tmp_path / "a.npy")
+    assert len(rows) == 9 and rows.shape == array.shape and rows.dtype == array.dtype
+    for index in (3, -1, [4, 2, 2], slice(5, 8), slice(None), np.array([1, 8])):
+        assert np.array_equal(rows[index], array[index])
+    assert rows[[]].shape == (0, 2, 3, 4)
+    with pytest.raises(IndexError):
+        rows[9]
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    path = tmp_path / "b.npy"
-    with pytest.raises(OSError, match=r"device for 0\.2 MiB, .* MiB are free: '.*b\.npy'"):
-        create_array(path, np.float32, (50, 1000))
-    assert not path.exists()
+@pytest.mark.parametrize("shape", [(9, 2, 3, 4), (9, 5), (0, 3)])
+def test_rows_that_are_written_are_there(shape, tmp_path):
+    rows = create_rows(tmp_path / "a.npy", np.float16, shape)
+    array = np.zeros(shape, np.float16)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), array)
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for index in ([7, 2], slice(4, 6), 8) if len(array) else ([],):
+        rows[index] = values[index] if len(array) else values
+        array[index] = values[index] if len(array) else values
+    rows.flush()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), array)
+    assert np.array_equal(StoredRows(tmp_path / "a.npy")[:], array)
+
+
+def test_reads_and_writes_go_on_where_the_system_stops(tmp_path, monkeypatch):
+    """Some file systems read and write less than they are asked to."""
+    rows = create_rows(tmp_path / "a.npy", np.float32, (3, 10))
+    read, write, values = os.preadv, os.pwrite, np.arange(30, dtype=np.float32).reshape(3, 10)
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: read(file, [to[0][:7]], at))
+    monkeypatch.setattr(os, "pwrite", lambda file, of, at: write(file, of[:7], at))
+    rows[:] = values
+    assert np.array_equal(rows[:], values) and np.array_equal(np.load(tmp_path / "a.npy"), values)
+
+
+def test_other_files_hold_no_rows(tmp_path):
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(np.zeros((2, 3, 4, 5))))
+    np.save(tmp_path / "words.npy", np.full((1, 1), "a"))
+    np.save(tmp_path / "number.npy", np.float32(1))
+    np.savez(tmp_path / "many.npz", a=np.zeros(3))
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=rf"{path.stem}\.npy: (expected|its last axis)"):
+            StoredRows(path)
+
+
+def test_room_is_asked_for_before_rows_are_written(tmp_path, monkeypatch):
+    usage = disk.shutil.disk_usage(tmp_path)._replace(free=2**17)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"No space .* 0\.2 MiB, 0\.1 are free: '.*a\.npy'") as error:
+        create_rows(tmp_path / "a.npy", np.float32, (50, 1000))
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Data order and noise whatever the number of processes; a step; how a script ends."""
 
 import argparse
+import errno
 import subprocess
 import sys
 
@@ -290,11 +291,18 @@ def ended(monkeypatch):
 def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
     monkeypatch, restarts, code, ended
 ):
-    monkeypatch.delenv("FIBLDM_CODE", raising=False)
+    monkeypatch.delenv("FIBLDM_LAUNCHER", raising=False)
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     assert ended(SystemExit(STOPPED)) == code
     assert ended(SystemExit(143)) == 143
+    monkeypatch.setenv("FIBLDM_LAUNCHER", "1")
+    assert ended(SystemExit(STOPPED)) == STOPPED
+
+
+def test_what_may_pass_has_another_code_than_a_mistake(ended):
+    assert ended(OSError(errno.ESTALE, "Stale file handle", "/data/latents.npy")) == 1
+    assert ended(OSError(errno.EACCES, "Permission denied", "/data/latents.npy")) == 2
 
 
 @pytest.mark.parametrize(
