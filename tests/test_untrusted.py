@@ -192,7 +192,7 @@ def test_what_hdf5_files_may_hold_is_read(tmp_path):
         )
         made.resize((200, 64, 64))
         made.id.write_direct_chunk((128, 0, 0), np.ones((64, 64, 64), "i2").tobytes() + b"0" * 4, 7)
-        file.create_dataset("log", (0,), maxshape=(None,), chunks=(2**21,))
+        file.create_dataset("log", (0,), "f4", maxshape=(None,), chunks=(2**21,))
     read = arrays.load(path).T
     assert (
         np.array_equal(read[:40], values) and (read[128:192] == 1).all() and not read[64:128].any()
