@@ -271,6 +271,42 @@ def test_two_nodes_in_network_namespaces(stages, undisturbed, tmp_path, full, ta
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+MISTAKE = """
+import sys
+sys.path.insert(0, {root!r})
+from fibldm import distributed
+from fibldm.training import run_script
+def main(args):
+    distributed.setup("cpu")
+    if distributed.rank() == {bad}:
+        raise ValueError("a mistake on one node")
+    distributed.barrier()
+run_script(main, lambda: None)
+"""
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_mistake_on_one_node_ends_both(bad, tmp_path, tally):
+    """Under the launchers: without restarts, and without waiting for a node that has gone."""
+    survived = tally("a mistake on one of two nodes, under a launcher")
+    script, port = tmp_path / "stage.py", free_port()
+    script.write_text(MISTAKE.format(root=str(ROOT), bad=bad))
+    command = [sys.executable, str(ROOT / "scripts" / "launch.py")]
+    nodes = [
+        subprocess.Popen(
+            [*command, *node(i, "127.0.0.1", port, f"127.0.0.{i + 1}"), str(script)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [one.communicate(timeout=300)[0] for one in nodes]
+    assert sorted(one.returncode for one in nodes) == [1, 2], said
+    found = [text for text in said if "error (rank" in text and "a mistake on one node" in text]
+    assert len(found) == 1 and found[0].count("a mistake on one node") == 1, said
+    survived()
+
+
 TROUBLE = """
 import sys
 sys.path.insert(0, {root!r})
