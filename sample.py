@@ -372,18 +372,24 @@ def main(args: argparse.Namespace) -> None:
             print(f"{output}: begun before; going on")
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(mine), initial=len(attempts), desc="sampling", disable=quiet) as bar:
-        for items in chunks([i for i in mine if i not in attempts], args.batch_size):
+        for items in chunks(mine, args.batch_size):
+            missing = {i for i in items if i not in attempts}
+            if not missing:
+                continue
             distributed.alive()
+            # The whole batch, of which some may be there: in another the last bits would differ.
             kept, copied = draw_no_copies(items, args.seed, draw, find_copied)
             copies += copied
             for i, (image, attempt) in sorted(kept.items()):
+                if i not in missing:
+                    continue
                 # No file name of a contour: it may be a patient's, and samples are given away.
                 label, seed = request.labels[sources[i]] or "none", seed_of(args.seed, attempt)
                 comment = f"Sample {i} of seed {seed}, class {label}, run {run[:12]}."
                 path = output / files[i]
                 ct.write_slice(path, image, window, args.format, spacing, run, i, comment)
                 attempts[i] = attempt
-            bar.update(len(items))
+            bar.update(len(missing))
 
     # How they look, and how well the lungs follow the contours, from the files.
     shown, agreement = [], []

@@ -1,5 +1,6 @@
 """CT slices: HU, the window, reading and writing one slice whatever its file format."""
 
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -362,7 +363,9 @@ def write_slice(
         return
     hu = unit_to_hu(image, window)
     if file_format == "npy":
-        disk.write_atomically(path, lambda temporary: np.save(temporary, hu))
+        file = io.BytesIO()  # np.save by itself does not say that a disk is full
+        np.save(file, hu)
+        disk.write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
         return
     stored = np.round(hu).astype(np.int16)
     if file_format == "nifti":

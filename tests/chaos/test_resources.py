@@ -105,7 +105,8 @@ def test_a_full_disk_ends_what_makes_files_with_one_message(
             *("--device", "cpu", "--num_workers", "0", "--output_dir", "made"),
         ],
         "sample": sample_options(
-            stages, Path("made"), "--num_samples", "4", "--latent_data_dir", str(stages / "latents")
+            *(stages, Path("made"), "--num_samples", "4", "--format", "npy"),
+            *("--latent_data_dir", str(stages / "latents")),
         ),
     }[script]
     survived = tally(f"a disk that is full for {script}.py")
