@@ -97,7 +97,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(fault, stages, disk, tmp_pa
 def test_a_full_disk_ends_what_makes_files_with_one_message(
     script, stages, phantoms, disk, tmp_path, tally
 ):
-    """Also what is written through a memory map, which would end the process without a word."""
+    """Which names the file, also where a library writes it; then the same command ends the same."""
     vae = ["--vae_checkpoint", str(stages / "vae" / "vae_best.pth")]
     arguments = {
         "encode_dataset": [
