@@ -133,8 +133,6 @@ class Run:
             self._claim()
             for left in self.folder.glob(f"{TEMPORARY}*"):  # by a kill in the middle of a write
                 left.unlink()
-            for left in self.folder.glob(".*.tmp"):  # the same, of an older version
-                left.unlink()
             replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
             self.journal = Journal(self.folder, lambda text: self.warn([text]))
             self.journal.open(step, self.progress["validated"])
