@@ -4,16 +4,10 @@ import argparse
 
 from fibldm import distributed
 from fibldm.checkpoint import load_model
-from fibldm.datasets import LatentDataset, Views
-from fibldm.encoding import encode_csv
-from fibldm.training import (
-    Precision,
-    add_machine_options,
-    add_view_options,
-    make_parser,
-    positive,
-    run_script,
-)
+from fibldm.cli import add_machine_options, add_view_options, make_parser, positive, run_script
+from fibldm.datasets import Views
+from fibldm.encoding import LatentDataset, encode_csv
+from fibldm.optim import Precision
 from fibldm.vae import VAE
 
 

@@ -13,28 +13,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fibldm import ct, distributed
-from fibldm.checkpoint import file_hash, load, load_model, require_equal
+from fibldm import ct, distributed, export
+from fibldm.batches import item_noise
+from fibldm.checkpoint import environment, load, load_model, require_equal
+from fibldm.cli import (
+    add_machine_options,
+    fraction,
+    make_parser,
+    positive,
+    positive_float,
+    run_script,
+)
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import LatentDataset, chunks
-from fibldm.disk import replace_text
-from fibldm.environment import environment
+from fibldm.datasets import chunks
+from fibldm.disk import file_hash, replace_text
+from fibldm.encoding import LatentDataset
+from fibldm.optim import Precision
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy
 from fibldm.run import read_settings
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler
 from fibldm.tables import SPLITS
-from fibldm.training import (
-    Precision,
-    add_machine_options,
-    fraction,
-    item_noise,
-    make_parser,
-    positive,
-    positive_float,
-    run_script,
-)
 from fibldm.unet import NO_LABEL, UNet
 from fibldm.vae import LATENT_SCALE, VAE
 from fibldm.validation import dice, read_privacy
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="samples", help="gets the files and grid.png")
     output.add_argument(
-        "--format", choices=ct.FORMATS, default="png",
+        "--format", choices=export.FORMATS, default="png",
         help="all hold HU; 16-bit png by the scale in dataset.json",
     )  # fmt: skip
     output.add_argument(
@@ -354,7 +354,7 @@ def main(args: argparse.Namespace) -> None:
         return [str(privacy.patients[m.row]) if m.flagged else None for m in matches]
 
     # Sample: each rank its part, but what is there since an earlier start.
-    facts = ct.png_facts(window, known_spacing)
+    facts = export.png_facts(window, known_spacing)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
         if not begun:
@@ -363,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
         if args.format == "png":
             ct.write_facts(output, facts)
     distributed.barrier()
-    files = [f"sample_{i:05d}{ct.SUFFIXES[args.format]}" for i in range(count)]
+    files = [f"sample_{i:05d}{export.SUFFIXES[args.format]}" for i in range(count)]
     mine, copies = distributed.share(count), []
     attempts: dict[int, int] = {}
     if begun and privacy is None:
@@ -387,7 +387,7 @@ def main(args: argparse.Namespace) -> None:
                 label, seed = request.labels[sources[i]] or "none", seed_of(args.seed, attempt)
                 comment = f"Sample {i} of seed {seed}, class {label}, run {run[:12]}."
                 path = output / files[i]
-                ct.write_slice(path, image, window, args.format, spacing, run, i, comment)
+                export.write_slice(path, image, window, args.format, spacing, run, i, comment)
                 attempts[i] = attempt
             bar.update(len(missing))
 
@@ -476,7 +476,7 @@ def remove_samples(output: Path) -> None:
     if not any((output / name).exists() for name in ("args.json", "samples.csv")):
         return
     (output / "samples.csv").unlink(missing_ok=True)
-    for suffix in ct.SUFFIXES.values():
+    for suffix in export.SUFFIXES.values():
         for path in output.glob(f"sample_{'[0-9]' * 5}*{suffix}"):
             path.unlink()
     for name in "dataset.json", "args.json":

@@ -8,27 +8,24 @@ import torch
 from torch import Tensor
 
 from fibldm import distributed
-from fibldm.checkpoint import file_hash, load_model, require_equal
-from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import LatentDataset, Views, training_batches
-from fibldm.ema import EMA
-from fibldm.encoding import encode_csv
-from fibldm.run import Run
-from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import (
-    Batches,
-    Precision,
+from fibldm.batches import Batches, seed_dropout
+from fibldm.checkpoint import load_model, require_equal
+from fibldm.cli import (
     add_machine_options,
     add_training_options,
     add_view_options,
-    clip_gradients,
     fraction,
     make_parser,
-    optimizer_step,
     positive,
     run_script,
-    seed_dropout,
 )
+from fibldm.controlnet import ControlNet, steer
+from fibldm.datasets import Views
+from fibldm.disk import file_hash
+from fibldm.encoding import LatentDataset, encode_csv, training_batches
+from fibldm.optim import EMA, Precision, clip_gradients, optimizer_step
+from fibldm.run import Run
+from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
 from fibldm.validation import Validation, add_validation_options

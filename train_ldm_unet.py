@@ -8,25 +8,21 @@ import torch
 from torch import Tensor
 
 from fibldm import distributed
+from fibldm.batches import Batches, seed_dropout
 from fibldm.checkpoint import load_model
-from fibldm.controlnet import steer
-from fibldm.datasets import LatentDataset, training_batches
-from fibldm.ema import EMA
-from fibldm.run import Run
-from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.training import (
-    Batches,
-    Precision,
+from fibldm.cli import (
     add_machine_options,
     add_training_options,
-    clip_gradients,
     fraction,
     make_parser,
-    optimizer_step,
     positive,
     run_script,
-    seed_dropout,
 )
+from fibldm.controlnet import steer
+from fibldm.encoding import LatentDataset, training_batches
+from fibldm.optim import EMA, Precision, clip_gradients, optimizer_step
+from fibldm.run import Run
+from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
 from fibldm.validation import Validation, add_validation_options

@@ -10,40 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fibldm import checkpoint, distributed
+from fibldm import checkpoint, disk, distributed
+from fibldm.batches import Batches, item_noise, item_uniform
+from fibldm.cli import (
+    add_machine_options,
+    add_training_options,
+    count,
+    fraction,
+    make_parser,
+    positive,
+    run_script,
+)
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CTDataset, chunks, load_batches, shift_slices
-from fibldm.diagnosis import (
+from fibldm.losses import structural_loss, view_at
+from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
+from fibldm.optim import EMA, Muon, Precision, clip_gradients, optimizer_step
+from fibldm.panels import write_reconstructions
+from fibldm.run import Run
+from fibldm.tables import Split, read_table
+from fibldm.vae import VAE, clipped, grain_loss, moved, reconstruct
+from fibldm.validation import (
     heldout_latents,
     input_warnings,
     latent_warnings,
     moments,
     reconstruction_warnings,
 )
-from fibldm.ema import EMA
-from fibldm.grain import grain_loss, moved
-from fibldm.losses import structural_loss, view_at
-from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
-from fibldm.muon import Muon
-from fibldm.panels import write_reconstructions
-from fibldm.run import Run
-from fibldm.tables import Split, read_table
-from fibldm.training import (
-    Batches,
-    Precision,
-    add_machine_options,
-    add_training_options,
-    clip_gradients,
-    count,
-    fraction,
-    item_noise,
-    item_uniform,
-    make_parser,
-    optimizer_step,
-    positive,
-    run_script,
-)
-from fibldm.vae import VAE, clipped, reconstruct
 
 LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
 PANEL = 8  # slices in the picture
@@ -144,10 +137,10 @@ def main(args: argparse.Namespace) -> None:
     # Model.
     torch.manual_seed(args.seed)
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
-    lineage = {"label_csv": checkpoint.file_hash(args.csv_file), "files": data.fingerprint()}
+    lineage = {"label_csv": disk.file_hash(args.csv_file), "files": data.fingerprint()}
     if args.init_checkpoint:
         run.warn(start_from(args.init_checkpoint, vae, args.window, lineage["label_csv"], split))
-        lineage["init_checkpoint"] = checkpoint.file_hash(args.init_checkpoint)
+        lineage["init_checkpoint"] = disk.file_hash(args.init_checkpoint)
     vae.to(device)
     ema = EMA(vae, args.ema_decay)
     optimizer = Muon(vae, args.lr)

@@ -29,19 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from vae import MODELS, clock, peak_memory
 
+from fibldm.batches import Batches, item_noise
 from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, steer
-from fibldm.datasets import CTDataset, LatentDataset, chunks, training_batches
+from fibldm.datasets import CTDataset, chunks
 from fibldm.disk import replace_text
-from fibldm.ema import EMA
-from fibldm.encoding import write_latents
+from fibldm.encoding import LatentDataset, training_batches, write_latents
 from fibldm.features import inception_features, load_inception
 from fibldm.metrics import set_score
+from fibldm.optim import EMA, Precision
 from fibldm.panels import write_samples
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
 from fibldm.tables import Split, read_table
-from fibldm.training import Batches, Precision, item_noise
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
 from fibldm.validation import dice, read_privacy

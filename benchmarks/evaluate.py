@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import evaluate
 
-from fibldm import ct
+from fibldm import ct, export
 from fibldm.phantom import phantom_slice
 from fibldm.tables import Row, Split, parse_table
 
@@ -65,10 +65,10 @@ def write_samples(folder: Path, slices: list[tuple[np.ndarray, np.ndarray]]) -> 
     lines = []
     for i, (hu, contour) in enumerate(slices):
         path = folder / f"sample_{i:05d}.png"
-        ct.write_slice(path, ct.hu_to_unit(hu), ct.DEFAULT_WINDOW, "png")
+        export.write_slice(path, ct.hu_to_unit(hu), ct.DEFAULT_WINDOW, "png")
         Image.fromarray(contour.astype(np.uint8) * 255).save(folder / f"contour_{i:05d}.bmp")
         lines.append([path.name, f"contour_{i:05d}.bmp", ""])
-    ct.write_facts(folder, ct.png_facts(ct.DEFAULT_WINDOW))
+    ct.write_facts(folder, export.png_facts(ct.DEFAULT_WINDOW))
     with open(folder / "samples.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file", "contour", "label"], *lines])
 

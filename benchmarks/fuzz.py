@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm import arrays, checkpoint, ct, dicom, tables
-from fibldm.datasets import LatentDataset
+from fibldm import arrays, checkpoint, ct, dicom, disk, export, tables
+from fibldm.encoding import LatentDataset
 from fibldm.run import read_settings
 from fibldm.tables import SPLITS, Row, Split
 from fibldm.vae import VAE
@@ -83,8 +83,8 @@ def saved(write: Callable[[Path], object], suffix: str) -> bytes:
 
 def of_slice(file_format: str) -> bytes:
     image = ct.hu_to_unit(slice_hu())
-    write = lambda path: ct.write_slice(path, image, ct.DEFAULT_WINDOW, file_format)  # noqa: E731
-    return saved(write, ct.SUFFIXES[file_format])
+    write = lambda path: export.write_slice(path, image, ct.DEFAULT_WINDOW, file_format)  # noqa: E731
+    return saved(write, export.SUFFIXES[file_format])
 
 
 def of_array(write: Callable[[io.BytesIO, np.ndarray], object], array: np.ndarray) -> bytes:
@@ -108,7 +108,7 @@ def compressed_dicoms() -> list[bytes]:
     """By run lengths, and by each of CODECS."""
     files = []
     for syntax in (uid.RLELossless, *CODECS):
-        dataset = dicom.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
+        dataset = export.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
         if syntax in CODECS:
             stored = (slice_hu() + 1024).astype(np.uint16)
             dataset.PixelRepresentation, dataset.RescaleIntercept = 0, -1024
@@ -224,7 +224,7 @@ def latents(folder: Path) -> list[bytes]:
     (folder / "vae.pth").write_bytes(b"a VAE")
     meta = {"window": [-1000, 400], "latent_scale": 0.18215, "classes": []}
     meta |= {f"{n}_sha256": "a" * 64 for n in ("latents", "contours", "label_csv")}
-    meta["vae_sha256"] = checkpoint.file_hash(folder / "vae.pth")
+    meta["vae_sha256"] = disk.file_hash(folder / "vae.pth")
     (place / "meta.json").write_text(json.dumps(meta))
     files = sorted(place.iterdir())
     return [bytes([i]) + file.read_bytes() for i, file in enumerate(files)]
@@ -372,7 +372,7 @@ def bombs(name: str) -> list[bytes]:
             torch.save(content | {name: laughs}, endless[-1])
         return [part.getvalue() for part in (file, wide, deep, *endless)]
     if name == "dicom":
-        dataset = dicom.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
+        dataset = export.synthetic_dicom(slice_hu(), ct.DEFAULT_WINDOW, 1.0, "x", "run", 0, "")
         dataset.Rows = dataset.Columns = 65535
         claims = saved(lambda path: dataset.save_as(path, enforce_file_format=True), ".dcm")
         dataset.Rows = dataset.Columns = SIZE

@@ -31,6 +31,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import checkpoint
+from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.ct import (
     DEFAULT_WINDOW,
     fit_square,
@@ -41,17 +42,14 @@ from fibldm.ct import (
 from fibldm.datasets import CTDataset, shift_slices
 from fibldm.disease import noise_power
 from fibldm.disk import replace_text, write_atomically
-from fibldm.ema import EMA
-from fibldm.grain import fine_scale
 from fibldm.layers import ChannelNorm
 from fibldm.lungs import lung_mask
 from fibldm.metrics import load_lpips
-from fibldm.muon import Muon
+from fibldm.optim import EMA, Muon, Precision
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.tables import Split, read_table
-from fibldm.training import Batches, Precision, item_noise, item_uniform
-from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
+from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped, fine_scale
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)

@@ -8,10 +8,9 @@ import numpy as np
 
 from fibldm import ct, disease, panels, plots
 from fibldm.evaluation import Copies, Looked, Measured
-from fibldm.metrics import Realism
+from fibldm.metrics import Realism, Score
 from fibldm.privacy import FALSE, FOUND, Match
 from fibldm.report import Picture, Plot, Section, Verdict, judge, number, png_bytes, worst
-from fibldm.scores import Score
 
 IMPLAUSIBLE = 0.05  # share of samples with implausible lungs: more is bad
 NEAR = 0.5  # of the threshold: a sample as near as that is looked at, however few there are

@@ -3,10 +3,14 @@
 `*_best.pth` rebuilds a model for inference; `last.pth` holds a training's whole state.
 """
 
-import hashlib
+import functools
 import math
+import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Collection
+from importlib import metadata
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Protocol, TypeVar
@@ -16,7 +20,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fibldm import disk
-from fibldm.environment import environment
 from fibldm.limits import require_stored
 
 VERSION = 1
@@ -171,12 +174,6 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_model(path: str | Path, model: nn.Module, lineage: dict[str, str], **facts: Any) -> None:
     """Write a model for inference: its kind, constructor config, weights, lineage and facts.
 
@@ -274,3 +271,46 @@ def load_training(
                 f"{path}: its {name} does not fit the one that these options build: {error}"
             ) from error
     return content
+
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "pydicom")
+PACKAGES += ("nibabel", "torchmetrics", "lpips")
+
+
+@functools.cache
+def environment() -> dict:
+    """Versions, git commit, command line and GPUs of this process, as plain types."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "command": shlex.join(sys.argv),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda if gpus else None,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "+changes" where files differ from it; None without git."""
+    here = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")

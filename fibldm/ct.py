@@ -1,13 +1,11 @@
 """CT slices: HU, the window, reading and writing one slice whatever its file format."""
 
-import io
 import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import tifffile
 from PIL import Image
@@ -18,8 +16,6 @@ from fibldm import dicom, disk, limits, nifti
 Window = tuple[float, float]
 AIR = dicom.AIR
 DEFAULT_WINDOW: Window = (-1000.0, 400.0)  # HU; air to just below dense bone
-FORMATS = ("png", "npy", "nifti", "dicom")
-SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
 SCALE_REMEDY = (
     'write a dataset.json beside label.csv, as {"rescale_slope": 1.0, "rescale_intercept": -1024.0}'
     " for HU = stored - 1024"
@@ -333,54 +329,3 @@ def fit_contour(contour: np.ndarray, size: int, style: str | None = None) -> np.
     if (found, style) == ("filled", "outline"):
         fitted = outline_mask(fitted)
     return fitted.astype(np.uint8)
-
-
-def png_facts(window: Window, spacing: float | None = None) -> Facts:
-    """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
-    return Facts(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
-
-
-def write_slice(
-    path: Path,
-    image: np.ndarray,
-    window: Window,
-    file_format: str,
-    spacing: float = 1.0,
-    run: str = "",
-    number: int = 0,
-    comment: str = "",
-) -> None:
-    """Write one slice (H, W), in [-1, 1] over `window`; what is read back is the same to 1 HU.
-
-    "png" holds the window over 0 to 65535: in 8 bits, 1400 HU would become steps of 5.5 HU. Its
-    HU are read with `png_facts` beside it. "npy" is float32 HU; "nifti" and "dicom" int16 HU with
-    pixels of `spacing` mm. `run`, `number` and `comment` go into DICOM: `dicom.synthetic_dicom`.
-    """
-    image = np.clip(image, -1, 1)
-    if file_format == "png":
-        pixels = np.round((image.astype(np.float64) + 1) * (PNG_LEVELS / 2)).astype(np.uint16)
-        disk.write_atomically(path, Image.fromarray(pixels).save)
-        return
-    hu = unit_to_hu(image, window)
-    if file_format == "npy":
-        file = io.BytesIO()  # np.save by itself does not say that a disk is full
-        np.save(file, hu)
-        disk.write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))
-        return
-    stored = np.round(hu).astype(np.int16)
-    if file_format == "nifti":
-        # NIfTI's axes point to the patient's right, front and head: the image's x and y turned.
-        affine = np.diag([-spacing, -spacing, spacing, 1.0])
-        volume = nibabel.Nifti1Image(stored.T[:, :, None], affine)
-        volume.set_sform(affine, code="scanner")
-        volume.set_qform(affine, code="scanner")
-        volume.header.set_xyzt_units("mm")
-        volume.header["descrip"] = "SYNTHETIC by FibLDM, of no patient. Not for diagnosis."
-        disk.write_atomically(path, lambda temporary: nibabel.save(volume, temporary))
-    elif file_format == "dicom":
-        dataset = dicom.synthetic_dicom(stored, window, spacing, path.name, run, number, comment)
-        disk.write_atomically(
-            path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True)
-        )
-    else:
-        raise ValueError(f"format {file_format!r}; expected one of {', '.join(FORMATS)}")

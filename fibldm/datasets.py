@@ -1,6 +1,5 @@
 """Slices of label.csv as tensors, and latents encoded from them."""
 
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -20,16 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fibldm import ct, distributed, limits
-from fibldm.checkpoint import file_hash, require_equal
-from fibldm.disk import StoredRows
+from fibldm import ct, distributed
+from fibldm.batches import item_generator, next_row
 from fibldm.tables import Row, list_some
-from fibldm.training import Batches, item_generator, item_noise, item_uniform, next_row
-from fibldm.unet import NO_LABEL
-from fibldm.vae import LATENT_SCALE
 
 Item = TypeVar("Item")
-LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
 NOTHING = -1  # where fewer rows are unreadable
 SHARED_MEMORY = "/dev/shm"
 
@@ -295,126 +289,6 @@ def chunks(items: Sequence[int], size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-class LatentDataset:
-    """A folder of latents, read row by row: see `write_latents` for what it holds.
-
-    latents (rows, C, h, w) float32, contours (rows, K, H, W) uint8, and for the rows held out
-    of training the real slices. Raises ValueError where the folder is incomplete.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not (self.folder / "meta.json").is_file():
-            raise ValueError(
-                f"{self.folder}: not a latent data set (no meta.json); make one with "
-                "encode_dataset.py"
-            )
-        try:
-            self.meta = limits.read_json(self.folder / "meta.json")
-            limits.require_bytes(self.folder / "manifest.csv", limits.TEXT)
-            with open(self.folder / "manifest.csv", newline="") as file:
-                lines = list(csv.DictReader(file))
-            names = ("image", "patient_id", "label", "split")
-            cells = [[line[name] or "" for name in names] for line in lines]
-            views = [int(line.get("view") or 0) for line in lines]
-            self.latents, self.contours, self._heldout = (
-                StoredRows(self.folder / f"{name}.npy")
-                for name in ("latents", "contours", "heldout_images")
-            )
-            for array in self.latents, self.contours, self._heldout:
-                if array.ndim != 4:
-                    raise ValueError(f"{array.path.name}: {array.shape}, expected 4D")
-            self._read_facts()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self.folder}: damaged latent data set: {what}") from error
-        self.rows = [Row(c[0], "", *c[1:], view) for c, view in zip(cells, views, strict=True)]
-        held = self.indices("val", "test")
-        for name, array, expected in (
-            ("latents", self.latents, len(self.rows)),
-            ("contours", self.contours, len(self.rows)),
-            ("heldout_images", self._heldout, len(held)),
-        ):
-            what = f"{self.folder / name}.npy: rows, by manifest.csv"
-            require_equal(what, len(array), expected, "copy it again, or encode again")
-        self._heldout_position = {row: i for i, row in enumerate(held)}
-
-        self.use_classes(self.meta["classes"])
-        self.latent_dim, self.latent_size = self.latents.shape[1:3]
-        self.contour_channels, self.image_size = self.contours.shape[1:3]
-
-    def _read_facts(self) -> None:
-        """What meta.json says; ValueError, KeyError or TypeError where it says something else."""
-        if not isinstance(self.meta, dict):
-            raise ValueError("meta.json: expected an object")
-        scale = self.meta.get("latent_scale")
-        require_equal("meta.json: its latent scale", scale, LATENT_SCALE, "encode again")
-        low, high = (float(end) for end in self.meta["window"])
-        if not -np.inf < low < high < np.inf:
-            raise ValueError(f"meta.json: window {low:g} to {high:g}, expected two HU, LOW first")
-        self.window: ct.Window = low, high
-        spacing, style = self.meta.get("pixel_spacing"), self.meta.get("contour_style")
-        if spacing is not None and not 0 < float(spacing) < np.inf:
-            raise ValueError(f"meta.json: pixel_spacing {spacing}, expected mm above 0")
-        if style not in (None, *ct.STYLES):
-            raise ValueError(f"meta.json: contour_style {style!r}, expected {ct.STYLES}")
-        self.pixel_spacing: float | None = spacing  # mm, None: unknown
-        self.contour_style: str | None = style
-        if not all(isinstance(name, str) for name in self.meta["classes"]):
-            raise ValueError(f"meta.json: classes {self.meta['classes']!r}, expected names")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def indices(self, *splits: str, views: bool = True) -> list[int]:
-        """Rows that belong to one of the splits; without `views` each slice once."""
-        rows = enumerate(self.rows)
-        return [i for i, row in rows if row.split in splits and (views or row.view == 0)]
-
-    def use_classes(self, classes: list[str]) -> None:
-        """Number the labels by these class names; other labels count as none given."""
-        self.classes = list(classes)
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([numbers.get(row.label, NO_LABEL) for row in self.rows])
-
-    def require_shape(
-        self, latent_dim: int | None, latent_size: int | None, contour_channels: int | None = None
-    ) -> None:
-        """Raise ValueError where one of these options is given and not what the data have."""
-        for option, asked, found in (
-            ("--latent_dim", latent_dim, self.latent_dim),
-            ("--latent_size", latent_size, self.latent_size),
-            ("--contour_channels", contour_channels, self.contour_channels),
-        ):
-            if asked is not None and asked != found:
-                raise ValueError(f"{option} {asked}, but the latents in {self.folder} have {found}")
-
-    def lineage(self, vae_file: str | Path) -> dict[str, str]:
-        """Hashes of these latents and of their VAE; ValueError where `vae_file` is another."""
-        hashes = {name: self.meta.get(f"{name}_sha256") for name in LINEAGE}
-        absent = [name for name, digest in hashes.items() if not isinstance(digest, str)]
-        if absent:
-            raise ValueError(f"{self.folder}: meta.json has no SHA-256 of {absent}; encode again")
-        vae = file_hash(vae_file) if Path(vae_file).is_file() else "no such file"
-        require_equal(
-            f"{vae_file}: its SHA-256",
-            vae,
-            hashes["vae"],
-            f"the VAE that {self.folder} was encoded with; encode again, or give that VAE",
-        )
-        return hashes
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (N, C, h, w) as loaded, contours (N, K, H, W) and labels (N,) of the rows."""
-        found = self.latents[rows], self.contours[rows], self.labels[rows]
-        return tuple(to_device(torch.from_numpy(array), device) for array in found)
-
-    def heldout_images(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Real slices (N, 1, H, W) in [-1, 1] of rows outside of the train split."""
-        positions = [self._heldout_position[row] for row in rows]
-        return torch.from_numpy(self._heldout[positions].astype(np.float32)).to(device)
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; a GPU copies it while it computes."""
     if device.type == "cuda":
@@ -430,24 +304,3 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item
-
-
-def training_batches(
-    data: LatentDataset, batches: Batches, stream: str, draws: int, device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """Latents, contours, labels, noise (as latents) and uniform draws (N, draws) of each part.
-
-    In the order of `batches`, read and drawn while the part before trains; `stream` names the
-    noise.
-    """
-
-    def make() -> Iterator[tuple[Tensor, ...]]:
-        seed, shape = batches.args.seed, data.latents.shape[1:]
-        for step, positions, rows in batches.parts():
-            drawn = (
-                item_noise(seed, stream, step, positions, shape),
-                item_uniform(seed, "draws", step, positions, draws),
-            )
-            yield *data.batch(rows, device), *(to_device(value, device) for value in drawn)
-
-    return ahead(make())

@@ -1,18 +1,19 @@
 """DICOM: which files make a series, their values in HU, and writing slices marked as synthetic."""
 
-import hashlib
+import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
-from pydicom.pixels import apply_modality_lut, pixel_array
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import format_number_as_ds
+from pydicom import uid
+from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
+from pydicom.pixels.decoders.base import DecodeRunner
 
-from fibldm import __version__, jpeg, limits
+from fibldm import limits
 
 AIR = -1000.0  # HU
 AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
@@ -75,7 +76,7 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
     sides = [int(dataset.get(name) or 0) for name in ("Rows", "Columns")]
     if min(sides) < 1 or sides[0] * sides[1] > limits.SLICE:
         raise ValueError(f"{sides[0]}x{sides[1]} pixels, expected at most {limits.SLICE:,}")
-    plugin = jpeg.plugin_for(dataset.file_meta.get("TransferSyntaxUID"))
+    plugin = plugin_for(dataset.file_meta.get("TransferSyntaxUID"))
     stored = pixel_array(dataset, index=frame, decoding_plugin=plugin)
     spare = 0
     if stored.dtype.kind in "iu":
@@ -292,87 +293,63 @@ def upright(array: np.ndarray, orientation: tuple[float, ...]) -> np.ndarray:
     return array[:: 1 if column[1] > 0 else -1, :: 1 if row[0] > 0 else -1]
 
 
-def synthetic_dicom(
-    stored: np.ndarray,
-    window: tuple[float, float],
-    spacing: float,
-    name: str,
-    run: str = "",
-    number: int = 0,
-    comment: str = "",
-) -> pydicom.Dataset:
-    """A CT Image Storage data set of int16 HU (H, W), marked as synthetic in many places.
+PLUGIN = "imagecodecs"
+DECODERS = {
+    uid.JPEGBaseline8Bit: imagecodecs.jpeg8_decode,
+    uid.JPEGExtended12Bit: imagecodecs.jpeg8_decode,
+    uid.JPEGLossless: imagecodecs.jpeg8_decode,
+    uid.JPEGLosslessSV1: imagecodecs.jpeg8_decode,
+    uid.JPEGLSLossless: imagecodecs.jpegls_decode,
+    uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
+    uid.JPEG2000Lossless: imagecodecs.jpeg2k_decode,
+    uid.JPEG2000: imagecodecs.jpeg2k_decode,
+}
+DECODER_DEPENDENCIES = dict.fromkeys(DECODERS, ("imagecodecs",))  # pydicom asks for it
+FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers that size follows
 
-    Pixels are squares of `spacing` mm. What has the same `run` is one study; each data set is a
-    series of its own, series number `number` + 1, so that no viewer stacks slices that have
-    nothing to do with each other. The UIDs follow from all that is given and no date is written,
-    so the same call gives the same bytes.
-    """
-    dataset, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
-    content = [name, repr((window, spacing, stored.shape)), comment, stored.tobytes().hex()]
-    study = generate_uid(entropy_srcs=["study", run])
-    series, instance, frame = (
-        generate_uid(entropy_srcs=[what, run, *content]) for what in ("series", "image", "frame")
-    )
-    meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = instance
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta = meta
-    dataset.SpecificCharacterSet = "ISO_IR 192"
 
-    # Synthetic beyond doubt. A study has one patient, so the id is the run's. The attribute
-    # SyntheticData (0008,001C) is too new: dciodvfy of dicom3tools takes it for an error.
-    program = {"Manufacturer": "FibLDM", "ManufacturerModelName": "FibLDM"}
-    program["SoftwareVersions"] = __version__
-    not_real = "SYNTHETIC image made by a generative model, of no patient. Not for diagnosis."
-    dataset.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
-    dataset.PatientName = "SYNTHETIC^FIBLDM"
-    dataset.PatientID = "SYNTHETIC-" + hashlib.sha256(run.encode()).hexdigest()[:12]
-    dataset.PatientComments = not_real
-    dataset.StudyID = "SYNTHETIC"
-    dataset.StudyDescription = "SYNTHETIC chest CT by FibLDM, no patient"
-    dataset.SeriesDescription = f"SYNTHETIC by FibLDM, no patient: {Path(name).stem}"[:64]
-    dataset.ImageComments = f"{not_real} {comment}".strip()
-    dataset.DerivationDescription = (
-        f"Synthesized by the latent diffusion model FibLDM {__version__}; derived from no image."
-    )
-    equipment = pydicom.Dataset()
-    equipment.update(program)
-    equipment.ContributionDescription = "Synthesized this image; no scanner was involved."
-    purpose = pydicom.Dataset()
-    purpose.CodeValue, purpose.CodingSchemeDesignator = "109102", "DCM"
-    purpose.CodeMeaning = "Processing Equipment"
-    equipment.PurposeOfReferenceCodeSequence = [purpose]
-    dataset.ContributingEquipmentSequence = [equipment]
-    dataset.update(program)
+def plugin_for(syntax: str) -> str:
+    """Which decoder pydicom is to take, "" where nothing is compressed."""
+    if syntax in DECODERS:
+        return PLUGIN
+    return "pydicom" if syntax == uid.RLELossless else ""
 
-    # What the standard wants to be there, known or not.
-    unknown = "PatientBirthDate PatientSex AccessionNumber ReferringPhysicianName StudyDate"
-    for keyword in f"{unknown} StudyTime KVP PositionReferenceIndicator".split():
-        setattr(dataset, keyword, None)
-    dataset.Modality, dataset.BodyPartExamined, dataset.PatientPosition = "CT", "CHEST", "HFS"
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
-    dataset.FrameOfReferenceUID = frame
-    dataset.SeriesNumber, dataset.InstanceNumber, dataset.AcquisitionNumber = number + 1, 1, 1
-    dataset.BurnedInAnnotation = "NO"
 
-    # Where the pixels lie: axial, the patient's right at the left, the front at the top.
-    millimetres = format_number_as_ds(float(spacing))
-    dataset.ImagePositionPatient = [0, 0, 0]
-    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    dataset.PixelSpacing, dataset.SliceThickness = [millimetres, millimetres], millimetres
+def coded_shape(stream: bytes) -> tuple[int, ...]:
+    """Rows and columns by the header of a compressed slice, and its channels where not 1."""
+    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 42:  # JPEG 2000
+        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
+        shape, channels = (bottom - top, right - left), int.from_bytes(stream[40:42], "big")
+        return shape if channels == 1 else (*shape, channels)
+    at = 2
+    while stream[:2] == b"\xff\xd8" and stream[at : at + 1] == b"\xff" and at + 10 <= len(stream):
+        length = int.from_bytes(stream[at + 2 : at + 4], "big")
+        if stream[at + 1] in FRAMES:
+            rows, columns, channels = struct.unpack(">HHB", stream[at + 5 : at + 10])
+            return (rows, columns) if channels == 1 else (rows, columns, channels)
+        if length < 2 or 0xD0 <= stream[at + 1] <= 0xD9:
+            break
+        at += 2 + length
+    raise ValueError("compressed pixels without a header: damaged")
 
-    # HU, and how to show them: viewers open the first window.
-    low, high = window
-    windows = {"LUNG": (-600, 1500), "MEDIASTINUM": (40, 400)}
-    windows["DATA"] = (low + high) / 2, high - low
-    dataset.WindowCenter = [format_number_as_ds(float(center)) for center, _ in windows.values()]
-    dataset.WindowWidth = [format_number_as_ds(float(width)) for _, width in windows.values()]
-    dataset.WindowCenterWidthExplanation = list(windows)
-    dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, 0, "HU"
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.Rows, dataset.Columns = stored.shape
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
-    dataset.PixelRepresentation = 1
-    dataset.PixelData = stored.astype("<i2").tobytes()
-    return dataset
+
+def is_available(syntax: str) -> bool:
+    """What pydicom asks of a module that decodes."""
+    return syntax in DECODERS
+
+
+def decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
+    """A compressed slice -> its values as stored, for pydicom."""
+    expected = runner.rows, runner.columns
+    found = coded_shape(stream)  # before the decoder takes memory by it
+    if found == expected:
+        frame = DECODERS[runner.transfer_syntax](stream)
+        found = frame.shape
+    if found != expected:
+        raise ValueError(f"compressed pixels of shape {found}, expected {expected}")
+    runner.set_option("bits_allocated", 8 * frame.itemsize)
+    return frame.tobytes()
+
+
+for syntax in DECODERS:
+    get_decoder(syntax).add_plugin(PLUGIN, (__name__, "decode_frame"))

@@ -15,7 +15,7 @@ from scipy import ndimage, stats
 from skimage.feature import graycomatrix, graycoprops
 
 from fibldm.ct import DEFAULT_WINDOW, Window
-from fibldm.scores import Score, halves, interval, resamples
+from fibldm.metrics import Score, halves, interval, resamples
 
 Measures = dict[str, float]  # of one slice, as `measure` gives them
 

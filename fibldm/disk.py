@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import shutil
@@ -140,3 +141,9 @@ def create_rows(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> StoredR
         np.lib.format.write_array_header_1_0(file, facts)
         file.truncate(file.tell() + size)
     return StoredRows(path, writable=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

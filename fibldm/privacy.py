@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from fibldm import ct, inspection
-from fibldm.scores import Score, interval, resamples
+from fibldm.metrics import Score, interval, resamples
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
 HELDOUT_SHARE = 0.01  # of held-out slices are nearer than the thresholds of all spaces together

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fibldm.disk import write_atomically
-from fibldm.scores import Score
+from fibldm.metrics import Score
 
 WORDS = ("good", "doubtful", "bad", "not judged")
 JUDGEMENT = (

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fibldm import distributed, limits
-from fibldm.checkpoint import Stateful, load_training, save_model, save_training
+from fibldm.batches import Batches, part_size
+from fibldm.checkpoint import Stateful, environment, load_training, save_model, save_training
+from fibldm.cli import STOPPED
 from fibldm.disk import TEMPORARY, keep, replace_text
-from fibldm.environment import environment
 from fibldm.journal import Journal
-from fibldm.training import STOPPED, Batches, part_size
 
 # Options that may differ when a run is resumed: they change how, not what, is computed; inputs
 # may move, since what they hold is compared with the run's lineage.

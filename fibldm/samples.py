@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fibldm import ct, limits
-from fibldm.checkpoint import file_hash
+from fibldm.disk import file_hash
 from fibldm.tables import Row, list_some
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import ct, inspection, panels
+from fibldm.cli import fraction, make_parser, positive, run_script
 from fibldm.tables import SPLITS, Row, Split, TableProblem, parse_table
-from fibldm.training import fraction, make_parser, positive, run_script
 
 SHOWN, CELLS = 5, 64  # problems of a kind that are printed; slices on the contact sheet
 WIDTH = 100  # columns of the table

@@ -30,17 +30,16 @@ from fibldm.chapters import (
     privacy_section,
     realism_section,
 )
-from fibldm.checkpoint import file_hash, load_model, require_equal
+from fibldm.checkpoint import load_model, require_equal
+from fibldm.cli import fraction, make_parser, positive, run_script
 from fibldm.datasets import CTDataset
-from fibldm.disk import replace_text
+from fibldm.disk import file_hash, replace_text
 from fibldm.evaluation import Copies, Measured, Reader, Workers, batches, spread, stack
 from fibldm.features import use_weights
-from fibldm.metrics import Realism, control_scores
+from fibldm.metrics import Realism, Score, control_scores
 from fibldm.report import Picture, Section, png_bytes, write_report
 from fibldm.samples import describe_file, read_samples
-from fibldm.scores import Score
 from fibldm.tables import SPLITS, Row, Split, parse_table
-from fibldm.training import fraction, make_parser, positive, run_script
 from fibldm.vae import VAE
 
 SHOWN = 12  # samples in the report

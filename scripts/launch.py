@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api
 
-from fibldm.training import MISTAKE, STOPPED
+from fibldm.cli import MISTAKE, STOPPED
 
 GRACE = 300  # seconds that a step and a save may take after a signal
 FINAL = {MISTAKE, STOPPED}  # another start would end with it again

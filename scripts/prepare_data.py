@@ -29,11 +29,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fibldm import ct, dicom, disk
+from fibldm.cli import fraction, make_parser, positive, positive_float, run_script
 from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.series import LeftOut, Options, Series, find_series, read_series
 from fibldm.tables import read_lines
-from fibldm.training import fraction, make_parser, positive, positive_float, run_script
 
 INTERCEPT = -1024  # HU of a stored 0
 COLUMNS = ("image", "contour", "patient_id", "label", "split", "position", "pixel_spacing")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm.training import make_parser, run_script
+from fibldm.cli import make_parser, run_script
 
 MISSING = "-"
 

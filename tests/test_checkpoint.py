@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fibldm import disk
 from fibldm.checkpoint import (
     VERSION,
-    file_hash,
     load,
     load_model,
     load_training,
@@ -20,6 +19,7 @@ from fibldm.checkpoint import (
     save_training,
 )
 from fibldm.controlnet import ControlNet
+from fibldm.disk import file_hash
 from fibldm.unet import UNet
 from fibldm.vae import VAE
 

@@ -12,7 +12,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 from scipy import ndimage
 
-from fibldm import ct, dicom
+from fibldm import ct, export
 
 WINDOW = (-1000.0, 400.0)
 RESCALE = (1.0, -1024.0)
@@ -87,9 +87,9 @@ def test_signed_and_float_arrays_are_hu(tmp_path, dtype):
 @pytest.mark.parametrize("file_format", ["nifti", "dicom", "npy", "png"])
 def test_what_is_written_is_read(tmp_path, file_format, window):
     image = gradient(16, 24)
-    path = tmp_path / f"a{ct.SUFFIXES[file_format]}"
-    ct.write_slice(path, image, window, file_format, spacing=1.5)
-    rescale = ct.png_facts(window).rescale if file_format == "png" else None
+    path = tmp_path / f"a{export.SUFFIXES[file_format]}"
+    export.write_slice(path, image, window, file_format, spacing=1.5)
+    rescale = export.png_facts(window).rescale if file_format == "png" else None
     np.testing.assert_allclose(
         ct.read_hu(path, rescale),
         ct.unit_to_hu(image, window),
@@ -99,15 +99,15 @@ def test_what_is_written_is_read(tmp_path, file_format, window):
 
 
 def test_values_beyond_the_window_are_clipped_when_written(tmp_path):
-    for file_format, suffix in ct.SUFFIXES.items():
+    for file_format, suffix in export.SUFFIXES.items():
         path = tmp_path / f"a{suffix}"
-        ct.write_slice(path, np.array([[-3.0, 3.0]] * 2, np.float32), WINDOW, file_format)
-        rescale = ct.png_facts(WINDOW).rescale if file_format == "png" else None
+        export.write_slice(path, np.array([[-3.0, 3.0]] * 2, np.float32), WINDOW, file_format)
+        rescale = export.png_facts(WINDOW).rescale if file_format == "png" else None
         np.testing.assert_allclose(ct.read_hu(path, rescale)[0], WINDOW, atol=1e-3)
 
 
 def test_dicom_says_that_it_is_synthetic_and_how_large_a_pixel_is(tmp_path):
-    ct.write_slice(tmp_path / "a.dcm", gradient(), WINDOW, "dicom", spacing=0.75)
+    export.write_slice(tmp_path / "a.dcm", gradient(), WINDOW, "dicom", spacing=0.75)
     dataset = pydicom.dcmread(tmp_path / "a.dcm")
     assert "SYNTHETIC" in str(dataset.PatientName) and "SYNTHETIC" in dataset.SeriesDescription
     assert dataset.ImageType[0] == "DERIVED"
@@ -117,7 +117,7 @@ def test_dicom_says_that_it_is_synthetic_and_how_large_a_pixel_is(tmp_path):
 
 def test_dicom_takes_its_own_scale_and_not_the_data_sets(tmp_path):
     stored = np.arange(400, dtype=np.int16).reshape(20, 20)
-    dataset = dicom.synthetic_dicom(stored, WINDOW, 1.0, "a.dcm")
+    dataset = export.synthetic_dicom(stored, WINDOW, 1.0, "a.dcm")
     dataset.RescaleSlope, dataset.RescaleIntercept = 2, -1000
     dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.dcm", RESCALE), stored * 2.0 - 1000)
@@ -125,7 +125,7 @@ def test_dicom_takes_its_own_scale_and_not_the_data_sets(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'jpeg'.*png, npy, nifti, dicom"):
-        ct.write_slice(tmp_path / "a.jpeg", gradient(), WINDOW, "jpeg")
+        export.write_slice(tmp_path / "a.jpeg", gradient(), WINDOW, "jpeg")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".nii.gz", ".nii", ".dcm", ".tif", ".jpg"])
@@ -137,12 +137,12 @@ def test_undecodable_files_are_refused_by_name(tmp_path, suffix, content):
         ct.read_hu(path)
 
 
-@pytest.mark.parametrize("file_format", ct.FORMATS)
+@pytest.mark.parametrize("file_format", export.FORMATS)
 @pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
 def test_truncated_files_are_refused_by_name(tmp_path, file_format, part):
-    path = tmp_path / f"bad{ct.SUFFIXES[file_format]}"
+    path = tmp_path / f"bad{export.SUFFIXES[file_format]}"
     image = noise().astype(np.float32) / 127.5 - 1
-    ct.write_slice(path, image, WINDOW, file_format)
+    export.write_slice(path, image, WINDOW, file_format)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole))])
     with pytest.raises(ValueError, match=r"bad\..*: cannot be decoded"):

@@ -16,18 +16,12 @@ import torch
 from PIL import Image
 
 from fibldm import ct
-from fibldm.checkpoint import file_hash, load, save, save_model
-from fibldm.datasets import (
-    CTDataset,
-    LatentDataset,
-    Views,
-    ahead,
-    shift_slices,
-    training_batches,
-)
-from fibldm.encoding import encode_csv, write_latents
+from fibldm.batches import Batches, item_noise, item_uniform
+from fibldm.checkpoint import load, save, save_model
+from fibldm.datasets import CTDataset, Views, ahead, shift_slices
+from fibldm.disk import file_hash
+from fibldm.encoding import LatentDataset, encode_csv, training_batches, write_latents
 from fibldm.tables import Row, Split, read_table
-from fibldm.training import Batches, item_noise, item_uniform
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 

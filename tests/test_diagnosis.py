@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fibldm.diagnosis import (
+from fibldm.phantom import phantom_slice
+from fibldm.validation import (
     heldout_latents,
     input_warnings,
     latent_warnings,
     moments,
     reconstruction_warnings,
 )
-from fibldm.phantom import phantom_slice
 
 
 def test_a_collapsed_channel_is_named():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fibldm.ema import EMA
+from fibldm.optim import EMA
 
 
 class Counter(nn.Module):

@@ -22,6 +22,8 @@ from fibldm.tables import Split, read_table
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate
 
+from fibldm import export
+
 pytestmark = pytest.mark.usefixtures("without_weights")
 SPLIT = ["--val_fraction", "0.3"]  # of the stages' VAE
 QUICK = ["--draws", "20", "--device", "cpu", "--num_workers", "0", "--date", "2026-11-22"]
@@ -50,11 +52,11 @@ def write(folder: Path, images, contours: list[str], labels: list[str], **option
     """A folder as sample.py writes it."""
     folder.mkdir()
     kind = options.get("kind", "png")
-    names = [f"sample_{i:05d}{ct.SUFFIXES[kind]}" for i in range(len(images))]
+    names = [f"sample_{i:05d}{export.SUFFIXES[kind]}" for i in range(len(images))]
     for name, image in zip(names, images, strict=True):
-        ct.write_slice(folder / name, image, ct.DEFAULT_WINDOW, kind)
+        export.write_slice(folder / name, image, ct.DEFAULT_WINDOW, kind)
     if kind == "png":
-        ct.write_facts(folder, ct.png_facts(options.get("window", ct.DEFAULT_WINDOW)))
+        ct.write_facts(folder, export.png_facts(options.get("window", ct.DEFAULT_WINDOW)))
     with open(folder / "samples.csv", "w", newline="") as file:
         lines = zip(names, contours, labels, strict=True)
         csv.writer(file).writerows([["file", "contour", "label"], *lines])
@@ -120,7 +122,7 @@ def test_no_patient_is_named(phantoms, tmp_path):
             assert row.patient_id not in text and row.image not in text
 
 
-@pytest.mark.parametrize("kind", ct.FORMATS)
+@pytest.mark.parametrize("kind", export.FORMATS)
 def test_real_slices_as_samples_reach_the_ceiling_in_every_format(phantoms, tmp_path, kind):
     """What is compared with itself: no distance, and the contours followed as real slices do."""
     samples = held_out(phantoms, tmp_path / "samples", kind=kind)
@@ -195,7 +197,7 @@ def test_copies_of_training_slices_are_flagged_and_shown(phantoms, tmp_path):
 
 def test_implausible_samples_are_counted_and_listed(phantoms, tmp_path):
     samples = held_out(phantoms, tmp_path / "samples")
-    ct.write_slice(samples / "sample_00001.png", np.ones((32, 32)), ct.DEFAULT_WINDOW, "png")
+    export.write_slice(samples / "sample_00001.png", np.ones((32, 32)), ct.DEFAULT_WINDOW, "png")
     content, page = run(phantoms, samples, tmp_path / "report", "--split", "val", *SPLIT)
     assert content["samples"][1]["implausible"] == "no lung found"
     assert "sample_00001.png: no lung found" in page
@@ -253,7 +255,7 @@ def test_contours_of_another_data_set(phantoms, tmp_path):
 
 def test_sizes_that_differ(phantoms, stages, tmp_path):
     samples = held_out(phantoms, tmp_path / "samples")
-    ct.write_slice(samples / "sample_00000.png", np.zeros((48, 48)), ct.DEFAULT_WINDOW, "png")
+    export.write_slice(samples / "sample_00000.png", np.zeros((48, 48)), ct.DEFAULT_WINDOW, "png")
     message = refused(phantoms, samples, tmp_path / "r", *SPLIT)
     assert "sizes differ" in message and "sample_00000.png: 48x48" in message
     large = write(tmp_path / "large", [np.zeros((48, 48))] * 2, [""] * 2, [""] * 2)

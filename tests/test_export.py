@@ -21,9 +21,9 @@ import fibldm
 import sample
 import train_controlnet
 import train_ldm_unet
-from fibldm import ct
+from fibldm import ct, export
 from fibldm.checkpoint import load_model
-from fibldm.datasets import LatentDataset
+from fibldm.encoding import LatentDataset
 from fibldm.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("without_weights")
@@ -61,7 +61,7 @@ def drawn(stages, tmp_path_factory, without_weights) -> dict[str, Path]:
     more = ["--num_samples", "5", "--batch_size", "2", "--pixel_spacing", "0.75"]
     return {
         name: draw(stages, folder / name, *more, "--format", name, "--label", "fibrosis")
-        for name in ct.FORMATS
+        for name in export.FORMATS
     }
 
 
@@ -96,11 +96,11 @@ def samples(folder: Path) -> list[Path]:
     return sorted(folder.glob("sample_*"))
 
 
-@pytest.mark.parametrize("file_format", ct.FORMATS)
+@pytest.mark.parametrize("file_format", export.FORMATS)
 def test_what_is_read_back_is_what_was_sampled_to_1_hu(file_format, drawn, stages, monkeypatch):
     """Sampled: what the VAE decodes to, caught before it is written."""
     sampled = {}
-    write_slice = ct.write_slice
+    write_slice = export.write_slice
 
     def watched(path, image, *rest):
         sampled[path] = image
@@ -145,7 +145,7 @@ def test_the_scale_of_other_images_is_not_overwritten(stages, phantoms, tmp_path
     assert (tmp_path / "data" / "dataset.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("file_format", ct.FORMATS)
+@pytest.mark.parametrize("file_format", export.FORMATS)
 def test_the_same_command_writes_the_same_bytes(file_format, drawn, stages, tmp_path):
     more = ["--num_samples", "5", "--batch_size", "2", "--pixel_spacing", "0.75"]
     draw(stages, tmp_path, *more, "--format", file_format, "--label", "fibrosis")

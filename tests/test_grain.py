@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibldm.grain import CUTOFF, SLOPE, fine_scale, grain, grain_loss, moved
+from fibldm.vae import CUTOFF, SLOPE, fine_scale, grain, grain_loss, moved
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

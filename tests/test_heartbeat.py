@@ -2,8 +2,8 @@
 
 import pytest
 
-from fibldm import heartbeat
-from fibldm.heartbeat import Heartbeat, State
+from fibldm import distributed
+from fibldm.distributed import Heartbeat, State
 
 
 class Store:
@@ -28,7 +28,7 @@ def judge(monkeypatch, capsys):
         raise Ended
 
     def ask(*ranks: tuple[int, int, int, float], first: str = "0") -> str | None:
-        monkeypatch.setattr(heartbeat.os, "_exit", end)
+        monkeypatch.setattr(distributed.os, "_exit", end)
         watch = object.__new__(Heartbeat)
         watch.rank, watch.ranks, watch.timeout, watch.verdict = 0, range(3), 60.0, "v"
         watch.store = Store(first)

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from fibldm import ct
+from fibldm.batches import item_noise, item_uniform
 from fibldm.controlnet import steer
-from fibldm.ema import EMA
+from fibldm.optim import EMA
 from fibldm.phantom import phantom_slice
 from fibldm.samplers import dpmpp_2m, guide
 from fibldm.scheduler import CosineScheduler, diffusion_loss
-from fibldm.training import item_noise, item_uniform
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
 

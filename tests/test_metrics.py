@@ -19,8 +19,7 @@ from scipy import linalg, ndimage
 from torch import Tensor, nn
 
 from fibldm import features, metrics
-from fibldm.metrics import Realism, RealismMetrics
-from fibldm.scores import Score, halves
+from fibldm.metrics import Realism, RealismMetrics, Score, halves
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

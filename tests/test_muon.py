@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fibldm.muon import COEFFICIENTS, NEWTON_SCHULZ, RMS, Muon, orthogonalize
+from fibldm.optim import COEFFICIENTS, NEWTON_SCHULZ, RMS, Muon, orthogonalize
 
 
 def network() -> nn.Module:

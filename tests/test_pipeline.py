@@ -29,14 +29,14 @@ import train_controlnet
 import train_ldm_unet
 import train_vae
 from fibldm import ct, encoding
-from fibldm.checkpoint import file_hash, load_model
-from fibldm.datasets import LatentDataset
-from fibldm.grain import grain_loss
+from fibldm.checkpoint import load_model
+from fibldm.disk import file_hash
+from fibldm.encoding import LatentDataset
 from fibldm.losses import structural_loss
-from fibldm.muon import Muon
+from fibldm.optim import Muon
 from fibldm.tables import Split, read_table
 from fibldm.unet import UNet
-from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE
+from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE, grain_loss
 
 pytestmark = pytest.mark.usefixtures("without_weights", "one_thread")
 

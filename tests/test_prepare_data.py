@@ -29,7 +29,7 @@ from scans import (
 )
 
 import train_vae
-from fibldm import ct, disk
+from fibldm import ct, disk, export
 from fibldm.datasets import CTDataset
 from fibldm.tables import Split, read_table
 
@@ -587,7 +587,7 @@ def test_an_earlier_output_is_no_input(tmp_path, capsys):
 
 def test_synthetic_slices_are_no_patient(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    ct.write_slice(tmp_path / "in" / "s.dcm", ct.hu_to_unit(scan()[2]), (-1000, 400), "dicom")
+    export.write_slice(tmp_path / "in" / "s.dcm", ct.hu_to_unit(scan()[2]), (-1000, 400), "dicom")
     with pytest.raises(ValueError, match="no CT found"):
         prepare(tmp_path / "in")
 

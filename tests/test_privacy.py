@@ -11,8 +11,8 @@ from conftest import QUICK, TINY_UNET, TINY_VALIDATION
 import encode_dataset
 import sample
 import train_ldm_unet
-from fibldm import checkpoint, ct, privacy
-from fibldm.datasets import LatentDataset
+from fibldm import checkpoint, ct, disk, privacy
+from fibldm.encoding import LatentDataset
 from fibldm.phantom import phantom_slice, write_dataset
 from fibldm.privacy import LATENTS, PIXELS, Match, Privacy, Rows, disguises, threshold
 from fibldm.vae import LATENT_SCALE, VAE
@@ -219,7 +219,7 @@ def models(tmp_path_factory) -> Path:
     means = vae.encode(torch.from_numpy(np.stack(images)).float()[:, None]).mean
     vae.calibrate(means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
     split = {"seed": 0, "val_fraction": 0.3, "test_fraction": 0.0}
-    lineage = {"label_csv": checkpoint.file_hash(table)}
+    lineage = {"label_csv": disk.file_hash(table)}
     checkpoint.save_model(
         folder / "vae.pth", vae, lineage, window=list(ct.DEFAULT_WINDOW), split=split, step=0
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fibldm import plots
+from fibldm.metrics import Score
 from fibldm.report import (
     Picture,
     Plot,
@@ -20,7 +21,6 @@ from fibldm.report import (
     worst,
     write_report,
 )
-from fibldm.scores import Score
 
 NAN = float("nan")
 HOSTILE = "<img src=x onerror=alert(1)>\"'&.png"

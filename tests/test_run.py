@@ -15,10 +15,11 @@ from torch import nn
 
 from fibldm import journal
 from fibldm import run as run_module
+from fibldm.batches import Batches
 from fibldm.checkpoint import save
+from fibldm.cli import STOPPED
 from fibldm.journal import read_log
 from fibldm.run import FREE_OPTIONS, SIGNALS, Run
-from fibldm.training import STOPPED, Batches
 
 CPU = torch.device("cpu")
 ROWS = range(3, 13)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from fibldm.scores import Score, halves, interval, resamples
+from fibldm.metrics import Score, halves, interval, resamples
 
 PATIENTS = [f"p{i // 3}" for i in range(60)]  # 20 patients of 3 slices
 

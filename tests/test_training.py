@@ -14,20 +14,9 @@ from scipy import stats
 from torch import nn
 
 from fibldm import distributed
-from fibldm.training import (
-    STOPPED,
-    Batches,
-    Precision,
-    clip_gradients,
-    duration,
-    item_noise,
-    item_uniform,
-    learning_rate,
-    optimizer_step,
-    out_of_memory,
-    run_script,
-    seed_dropout,
-)
+from fibldm.batches import Batches, item_noise, item_uniform, seed_dropout
+from fibldm.cli import STOPPED, duration, out_of_memory, run_script
+from fibldm.optim import Precision, clip_gradients, learning_rate, optimizer_step
 
 CPU = torch.device("cpu")
 ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]

@@ -21,8 +21,8 @@ from PIL import Image
 
 from benchmarks import fuzz
 from fibldm import arrays, checkpoint, ct, limits, plots, report
-from fibldm.datasets import LatentDataset
-from fibldm.scores import Score
+from fibldm.encoding import LatentDataset
+from fibldm.metrics import Score
 from fibldm.tables import Split, read_table
 from fibldm.vae import VAE
 

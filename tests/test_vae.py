@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from fibldm.grain import grain, grain_loss
-from fibldm.vae import LATENT_SCALE, VAE, DiagonalGaussian, reconstruct
+from fibldm.vae import LATENT_SCALE, VAE, DiagonalGaussian, grain, grain_loss, reconstruct
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fibldm.checkpoint import load_model
-from fibldm.datasets import LatentDataset
+from fibldm.encoding import LatentDataset
+from fibldm.optim import Precision
 from fibldm.scheduler import CosineScheduler
-from fibldm.training import Precision
 from fibldm.vae import VAE
 from fibldm.validation import Validation
 

@@ -66,7 +66,7 @@ def child(script: str, arguments: list[str], folder: str, death: Death, count: o
 
     import torch
 
-    from fibldm.training import run_script
+    from fibldm.cli import run_script
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it

@@ -1,9 +1,86 @@
-"""Muon: momentum whose matrices are orthogonalized (Jordan et al. 2024, "Muon: an optimizer for
-hidden layers in neural networks"), and AdamW for what is no matrix.
-"""
+"""Steps of training: mixed precision, Muon, learning rates, gradient norms, averaged weights."""
+
+import argparse
+import contextlib
+import copy
 
 import torch
 from torch import Tensor, nn
+
+
+class Precision:
+    """Automatic mixed precision: a context for the networks, and a GradScaler (fp16 alone)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name == "auto" and device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.name = "fp32" if name == "auto" else name
+        torch.backends.cudnn.allow_tf32 = self.name != "fp32"
+        self.device = device
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up to --lr, then constant: a run can go on without changing its past."""
+    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, args: argparse.Namespace
+) -> Tensor:
+    """Clip the gradients to --grad_clip; return their norm before it, not finite where one is."""
+    scaler.unscale_(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    args: argparse.Namespace,
+) -> None:
+    """Step along the clipped gradients at this step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    scaler.step(optimizer)
+
+
+class EMA:
+    """Keeps `model`, the average that inference reads, beside a model in training.
+
+    After step k (from 1): average = d * average + (1 - d) * weights, d = min(decay, (1+k)/(10+k)).
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        self.decay, self.updates = decay, 0
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after an optimizer step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, weights = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["model"])
+
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, which takes singular values to about 1
 NEWTON_SCHULZ = 5  # iterations
