@@ -106,7 +106,7 @@ def test_what_is_read_back_is_what_was_sampled_to_1_hu(file_format, drawn, stage
         sampled[path] = image
         write_slice(path, image, *rest)
 
-    monkeypatch.setattr(ct, "write_slice", watched)
+    monkeypatch.setattr(export, "write_slice", watched)
     folder = drawn[file_format].parent / f"{file_format}_again"
     more = ["--num_samples", "5", "--batch_size", "2", "--format", file_format]
     draw(stages, folder, *more, "--label", "fibrosis")
