@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
     Torchrun's own report is left out: a worker has said what it had to say.
     """
-    os.environ["FIBLDM_LAUNCHER"] = "1"  # see fibldm.training.run_script
+    os.environ["FIBLDM_LAUNCHER"] = "1"  # see fibldm.cli.run_script
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     api.LocalElasticAgent = Agent
     code = 0

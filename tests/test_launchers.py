@@ -71,7 +71,7 @@ def test_a_launcher_trains_on_two_processes(phantoms, tmp_path, without_weights)
 STAGE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from fibldm.training import run_script
+from fibldm.cli import run_script
 def main(rank):
     with open("starts", "a") as starts:
         starts.write(f"{{rank}}\\n")

@@ -403,7 +403,7 @@ def end_step_and_die(self, step):
         os.kill(os.getpid(), {number})
     return due
 Run.end_step = end_step_and_die
-from fibldm.training import run_script
+from fibldm.cli import run_script
 run_script(script.main, script.parse_args)
 """
 

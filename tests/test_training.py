@@ -317,7 +317,7 @@ def test_an_error_of_the_program_keeps_its_traceback_and_ends_at_once(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from fibldm.datasets import load_batches
-from fibldm.training import run_script
+from fibldm.cli import run_script
 def main(args):
     data = load_batches([{{"x": __import__("torch").zeros(1)}}] * 9, [[0]] * 9, 1)
     next(iter(data))

@@ -275,7 +275,7 @@ MISTAKE = """
 import sys
 sys.path.insert(0, {root!r})
 from fibldm import distributed
-from fibldm.training import run_script
+from fibldm.cli import run_script
 def main(args):
     distributed.setup("cpu")
     if distributed.rank() == {bad}:
@@ -314,7 +314,7 @@ import torch
 import train_vae
 from fibldm import distributed
 from fibldm.run import Run
-from fibldm.training import run_script
+from fibldm.cli import run_script
 average, suspect = Run.average, Run.suspect
 seen = []
 def average_of_one(self, **values):
