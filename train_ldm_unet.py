@@ -20,7 +20,7 @@ from fibldm.cli import (
 )
 from fibldm.controlnet import steer
 from fibldm.encoding import LatentDataset, training_batches
-from fibldm.optim import EMA, Precision, clip_gradients, optimizer_step
+from fibldm.optim import EMA, Precision, clip_gradients, learning_rate, optimizer_step
 from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
@@ -133,8 +133,9 @@ def main(args: argparse.Namespace) -> None:
                 scaler.scale(loss / args.grad_accum).backward()
 
         # Step.
-        if run.is_sound(step, clip_gradients(optimizer, scaler, args)):
-            optimizer_step(optimizer, scaler, step, args)
+        if run.is_sound(step, clip_gradients(optimizer, scaler, args.grad_clip)):
+            schedule = args.warmup_steps, args.lr_schedule, args.steps
+            optimizer_step(optimizer, scaler, learning_rate(step, args.lr, *schedule))
             ema.update(unet)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CTDataset, chunks, load_batches, shift_slices
 from fibldm.losses import structural_loss, view_at
 from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
-from fibldm.optim import EMA, Muon, Precision, clip_gradients, optimizer_step
+from fibldm.optim import EMA, Muon, Precision, clip_gradients, learning_rate, optimizer_step
 from fibldm.panels import write_reconstructions
 from fibldm.run import Run
 from fibldm.tables import Split, read_table
@@ -195,8 +195,9 @@ def main(args: argparse.Namespace) -> None:
                 scaler.scale(loss / args.grad_accum).backward()
 
         # Step.
-        if run.is_sound(step, clip_gradients(optimizer, scaler, args)):
-            optimizer_step(optimizer, scaler, step, args)
+        if run.is_sound(step, clip_gradients(optimizer, scaler, args.grad_clip)):
+            schedule = args.warmup_steps, args.lr_schedule, args.steps
+            optimizer_step(optimizer, scaler, learning_rate(step, args.lr, *schedule))
             ema.update(vae)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fibldm import distributed
+from fibldm.optim import SCHEDULES
 
 MISTAKE = 2  # exit code of a user's mistake, or a limit of the machine
 STOPPED = 75  # exit code of a run that stopped early with all saved: the same command goes on
@@ -94,7 +95,7 @@ def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -
     )
     if workers:
         group.add_argument(
-            "--num_workers", type=int, default=2, help="processes that decode images"
+            "--num_workers", type=count, default=2, help="processes that decode images"
         )
     group.add_argument(
         "--timeout", type=positive_float, default=30.0,
@@ -130,7 +131,12 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> 
         "--grad_accum", type=positive, default=1, help="parts a process cuts its share into"
     )
     group.add_argument("--lr", type=positive_float, help="learning rate")
-    group.add_argument("--warmup_steps", type=int, help="steps until --lr is reached")
+    group.add_argument("--warmup_steps", type=count, help="steps until --lr is reached")
+    group.add_argument(
+        "--lr_schedule", choices=SCHEDULES, default="constant",
+        help="of the learning rate after the warm-up; cosine: falls to 0 at --steps, which is then "
+        "fixed; cooldown: constant, then falls to 0 over the last fifth of --steps",
+    )  # fmt: skip
     group.add_argument(
         "--grad_clip", type=positive_float, default=1.0, help="largest gradient norm"
     )
@@ -140,7 +146,7 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> 
     group.add_argument("--save_interval", type=positive, help="steps between writes of last.pth")
     group.add_argument("--val_interval", type=positive, help="steps between validations")
     group.add_argument(
-        "--patience", type=int, default=0,
+        "--patience", type=count, default=0,
         help="validations in a row without a new best after which training ends; 0: never",
     )  # fmt: skip
     group.add_argument(

@@ -1,8 +1,8 @@
 """Steps of training: mixed precision, Muon, learning rates, gradient norms, averaged weights."""
 
-import argparse
 import contextlib
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +28,49 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up to --lr, then constant: a run can go on without changing its past."""
-    return args.lr * min(1.0, step / max(1, args.warmup_steps))
+SCHEDULES = ("constant", "cosine", "cooldown")
+COOLDOWN = 5  # the last fifth of the steps cools down
+
+
+def cooldown_start(steps: int) -> int:
+    """The last step before the cooldown of a training of so many steps."""
+    return steps - steps // COOLDOWN
+
+
+def learning_rate(
+    step: int, lr: float, warmup_steps: int = 0, schedule: str = "constant", steps: int = 0
+) -> float:
+    """The learning rate of a step, from 1 to `steps`: a linear warm-up to `lr`, then a schedule.
+
+    "constant" keeps it. "cosine" lets it fall from the end of the warm-up, along half a cosine.
+    "cooldown" keeps it, and lets it fall over the last fifth of the steps as 1 - sqrt(progress)
+    (Hägele et al. 2024, arXiv 2405.18392). Both reach 0 at the last step.
+    """
+    warmth = min(1.0, step / max(1, warmup_steps))
+    if schedule == "cosine" and step > warmup_steps:
+        progress = (step - warmup_steps) / (steps - warmup_steps)
+        return lr * (1 + math.cos(math.pi * progress)) / 2
+    start = cooldown_start(steps)
+    if schedule == "cooldown" and step > start:
+        return lr * warmth * (1 - math.sqrt((step - start) / (steps - start)))
+    return lr * warmth
 
 
 def clip_gradients(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, args: argparse.Namespace
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, most: float
 ) -> Tensor:
-    """Clip the gradients to --grad_clip; return their norm before it, not finite where one is."""
+    """Clip the gradients to a norm of `most`; return it before that, not finite where one is."""
     scaler.unscale_(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(weights, args.grad_clip)
+    return torch.nn.utils.clip_grad_norm_(weights, most)
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    step: int,
-    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float
 ) -> None:
-    """Step along the clipped gradients at this step's learning rate."""
+    """Step along the clipped gradients at a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        group["lr"] = lr
     scaler.step(optimizer)
 
 

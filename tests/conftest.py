@@ -74,6 +74,7 @@ def training_options(**changed: object) -> argparse.Namespace:
     values = {"batch_size": 8, "grad_accum": 1, "seed": 0, "steps": 10, "time_limit": None}
     values |= {"save_interval": 100, "val_interval": 100, "log_interval": 1, "keep_last": 1}
     values |= {"lr": 0.1, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9, "patience": 0}
+    values |= {"lr_schedule": "constant"}
     values |= {"max_bad_steps": 3, "max_bad_images": 0, "no_preflight": False}
     return argparse.Namespace(**{**values, **changed})
 

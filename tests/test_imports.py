@@ -54,7 +54,7 @@ MAY_IMPORT = {
         *("ct", "disease", "evaluation", "metrics", "panels", "plots", "privacy", "report"),
     },
     "batches": {"distributed"},
-    "cli": {"distributed"},
+    "cli": {"distributed", "optim"},
     "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "limits"},
 }
 

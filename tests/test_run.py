@@ -129,6 +129,27 @@ def test_all_other_settings_are_named(tmp_path):
         begin(tmp_path / "run", steps=2, lr=0.2, new=1)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "cooldown"])
+def test_steps_are_fixed_where_the_learning_rate_follows_from_them(tmp_path, schedule):
+    train(*begin(tmp_path / "run", steps=4, lr_schedule=schedule))
+    with pytest.raises(ValueError, match=r"--steps was 4, is 6"):
+        begin(tmp_path / "run", steps=6, lr_schedule=schedule)
+    with pytest.raises(ValueError, match=rf"--lr_schedule was {schedule}, is constant"):
+        begin(tmp_path / "run", steps=4)
+
+
+def test_a_run_from_before_there_were_schedules_goes_on(tmp_path):
+    train(*begin(tmp_path / "run", steps=2))
+    file = tmp_path / "run" / "args.json"
+    settings = json.loads(file.read_text())
+    del settings["lr_schedule"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"--lr_schedule was constant, is cosine"):
+        begin(tmp_path / "run", steps=2, lr_schedule="cosine")
+    train(*begin(tmp_path / "run", steps=3))
+    assert logged(tmp_path / "run") == [1, 2, 3]
+
+
 def test_free_options_may_change(tmp_path):
     free = {name: 1 for name in FREE_OPTIONS if name != "save_dir"}
     train(*begin(tmp_path / "run", **{**free, "steps": 2}))

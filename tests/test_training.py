@@ -16,7 +16,7 @@ from torch import nn
 from fibldm import distributed
 from fibldm.batches import Batches, item_noise, item_uniform, seed_dropout
 from fibldm.cli import STOPPED, duration, out_of_memory, run_script
-from fibldm.optim import Precision, clip_gradients, learning_rate, optimizer_step
+from fibldm.optim import Precision
 
 CPU = torch.device("cpu")
 ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
@@ -146,25 +146,6 @@ def test_uniform_numbers_are_uniform_and_an_items_own():
 
 
 # A step.
-
-
-def test_warm_up_is_linear_and_then_constant():
-    args = options(lr=0.2, warmup_steps=4)
-    rates = [learning_rate(step, args) for step in range(1, 7)]
-    assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
-    assert learning_rate(1, options(lr=0.2, warmup_steps=0)) == 0.2
-
-
-def test_a_step_clips_and_moves():
-    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([weight], lr=99.0)
-    scaler = Precision("fp32", CPU).scaler()
-    (0.5 * weight.square().sum() * 10).backward()  # gradient (30, 40), norm 50
-    args = options(lr=0.5, warmup_steps=5, grad_clip=1.0)
-    assert float(clip_gradients(optimizer, scaler, args)) == pytest.approx(50.0)
-    optimizer_step(optimizer, scaler, 1, args)
-    expected = torch.tensor([3 - 0.1 * 0.6, 4 - 0.1 * 0.8])
-    torch.testing.assert_close(weight.detach(), expected)
 
 
 @pytest.mark.parametrize(
