@@ -1,4 +1,4 @@
-"""What training is told of: whether contours are followed, and whether samples are copies."""
+"""What training is told of: contours followed, samples that are copies, a VAE that goes wrong."""
 
 import argparse
 import contextlib
@@ -11,9 +11,17 @@ import torch
 from fibldm.checkpoint import load_model
 from fibldm.encoding import LatentDataset
 from fibldm.optim import Precision
+from fibldm.phantom import phantom_slice
 from fibldm.scheduler import CosineScheduler
 from fibldm.vae import VAE
-from fibldm.validation import Validation
+from fibldm.validation import (
+    Validation,
+    heldout_latents,
+    input_warnings,
+    latent_warnings,
+    moments,
+    reconstruction_warnings,
+)
 
 pytestmark = pytest.mark.usefixtures("without_weights")
 CPU = torch.device("cpu")
@@ -162,3 +170,70 @@ def test_too_few_slices_are_warned_of_before_the_start(validate, run):
     assert run.lines == []
     validate(batch_size=10)
     assert "--steps 10 of --batch_size 10 are 100 slices" in run.lines[0]
+
+
+# Each failure of a VAE's training is named with its remedy, and a healthy one is not.
+
+
+def test_a_collapsed_channel_is_named():
+    std, noise = torch.tensor([1.0, 0.01, 2.0]), torch.tensor([0.1, 1.0, 0.5])
+    (warning,) = latent_warnings(std, noise)
+    assert "[1]" in warning and "collapsed" in warning and "--kl_weight" in warning
+    (warning,) = latent_warnings(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.1]))
+    assert "[0]" in warning
+
+
+def test_an_exploding_latent_scale_is_named():
+    (warning,) = latent_warnings(torch.tensor([1.0, 500.0]), torch.tensor([0.1, 0.1]))
+    assert "500" in warning and "explodes" in warning and "--lr" in warning
+
+
+def test_nan_is_named_as_divergence_alone():
+    nan = float("nan")
+    (warning,) = latent_warnings(torch.tensor([nan, 1.0]), torch.tensor([0.1, 0.1]))
+    assert "diverged" in warning and "--lr" in warning
+    (warning,) = reconstruction_warnings(nan, 1.0)
+    assert "diverged" in warning
+
+
+def test_a_healthy_latent_is_not_named():
+    assert latent_warnings(torch.tensor([0.3, 1.0, 4.0]), torch.tensor([0.1, 0.2, 1.0])) == []
+
+
+@pytest.mark.parametrize(("brightness", "word"), [(-0.1, "darker"), (0.1, "brighter")])
+def test_another_brightness_is_named(brightness, word):
+    (warning,) = reconstruction_warnings(brightness, 1.0)
+    assert word in warning and "5.0%" in warning
+
+
+def test_flat_reconstructions_are_named():
+    (warning,) = reconstruction_warnings(0.0, 0.5)
+    assert "flatter" in warning and "0.50" in warning and "--kl_weight" in warning
+    assert reconstruction_warnings(0.005, 0.97) == []
+
+
+def test_inputs_that_are_not_hu_are_named():
+    slices = {f"{i}.png": phantom_slice(i, 0.5, 128)[0] for i in range(4)}
+    assert input_warnings(slices) == []
+    slices["2.png"] = (slices["2.png"] + 1000) / 3000  # normalized: no HU
+    (warning,) = input_warnings(slices)
+    assert "1 of 4" in warning and "2.png" in warning and "check_data.py" in warning
+    assert "rescale_slope" not in warning  # one slice is bad, not the scale of all
+    (warning,) = input_warnings({name: (hu + 1000) / 3000 for name, hu in slices.items()})
+    assert "4 of 4" in warning and "rescale_slope" in warning
+
+
+def test_moments_are_those_of_numpy():
+    values = np.random.default_rng(0).normal(3, 2, (5, 1000))
+    sums = torch.from_numpy(np.stack([values.sum(1), (values**2).sum(1)]))
+    mean, std = moments(sums, 1000)
+    np.testing.assert_allclose(mean, values.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(std, values.std(1), rtol=1e-5)
+
+
+def test_heldout_latents_reports_the_worst_channel():
+    train = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])
+    assert heldout_latents(train, train) == {"latent_mean": 0.0, "latent_variance": 1.0}
+    found = heldout_latents(train, (torch.tensor([0.1, 0.0]), torch.tensor([1.1, 1.0])))
+    assert found["latent_mean"] == pytest.approx(-0.5)
+    assert found["latent_variance"] == pytest.approx(0.25)
