@@ -354,14 +354,14 @@ def main(args: argparse.Namespace) -> None:
         return [str(privacy.patients[m.row]) if m.flagged else None for m in matches]
 
     # Sample: each rank its part, but what is there since an earlier start.
-    facts = export.png_facts(window, known_spacing)
+    info = export.png_info(window, known_spacing)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
         if not begun:
             remove_samples(output)
         replace_text(output / "args.json", json.dumps(settings, indent=2) + "\n")
         if args.format == "png":
-            ct.write_facts(output, facts)
+            ct.write_dataset_info(output, info)
     distributed.barrier()
     files = [f"sample_{i:05d}{export.SUFFIXES[args.format]}" for i in range(count)]
     mine, copies = distributed.share(count), []
@@ -394,7 +394,7 @@ def main(args: argparse.Namespace) -> None:
     # How they look, and how well the lungs follow the contours, from the files.
     shown, agreement = [], []
     for i in sorted(attempts):
-        image = ct.hu_to_unit(ct.read_hu(output / files[i], facts.rescale, window), window)
+        image = ct.hu_to_unit(ct.read_hu(output / files[i], info.rescale, window), window)
         if len(shown) < GRID:
             shown.append((i, image))
         if request.contours is not None:

@@ -68,7 +68,7 @@ def write_samples(folder: Path, slices: list[tuple[np.ndarray, np.ndarray]]) -> 
         export.write_slice(path, ct.hu_to_unit(hu), ct.DEFAULT_WINDOW, "png")
         Image.fromarray(contour.astype(np.uint8) * 255).save(folder / f"contour_{i:05d}.bmp")
         lines.append([path.name, f"contour_{i:05d}.bmp", ""])
-    ct.write_facts(folder, export.png_facts(ct.DEFAULT_WINDOW))
+    ct.write_dataset_info(folder, export.png_info(ct.DEFAULT_WINDOW))
     with open(folder / "samples.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file", "contour", "label"], *lines])
 

@@ -194,7 +194,7 @@ def read_json(path: Path) -> None:
     with contextlib.suppress(ValueError):
         read_settings(path)
     os.replace(path, path.parent / "dataset.json")
-    ct.read_facts(path.parent)
+    ct.read_dataset_info(path.parent)
 
 
 def read_latents(path: Path) -> None:

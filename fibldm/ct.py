@@ -40,7 +40,7 @@ def unit_to_hu(image: np.ndarray, window: Window = DEFAULT_WINDOW) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """What dataset.json says of the slices beside it; None where it does not say.
 
     `rescale` is (slope, intercept) of HU = slope * stored + intercept, None only without the
@@ -52,11 +52,11 @@ class Facts:
     contour_style: str | None = None
 
 
-def read_facts(folder: Path) -> Facts:
+def read_dataset_info(folder: Path) -> DatasetInfo:
     """The folder's dataset.json; all unknown where there is none, ValueError where it is bad."""
     path = folder / "dataset.json"
     if not path.is_file():
-        return Facts()
+        return DatasetInfo()
     try:
         content = limits.read_json(path)
     except (OSError, ValueError) as error:
@@ -81,22 +81,22 @@ def read_facts(folder: Path) -> Facts:
     style = content.get("contour_style")
     if style not in (None, *STYLES):
         raise ValueError(f"{path}: contour_style {style!r}, expected one of {', '.join(STYLES)}")
-    return Facts((slope, intercept), spacing, style)
+    return DatasetInfo((slope, intercept), spacing, style)
 
 
 def read_rescale(folder: Path) -> tuple[float, float] | None:
     """(slope, intercept) of the folder's dataset.json, None where there is no such file."""
-    return read_facts(folder).rescale
+    return read_dataset_info(folder).rescale
 
 
-def write_facts(folder: Path, facts: Facts) -> None:
-    """Write dataset.json, whole or not at all, so that `read_facts` gives `facts` again."""
-    slope, intercept = facts.rescale
+def write_dataset_info(folder: Path, info: DatasetInfo) -> None:
+    """Write dataset.json, whole or not at all, so that `read_dataset_info` gives `info` again."""
+    slope, intercept = info.rescale
     content = {"rescale_slope": slope, "rescale_intercept": intercept}
-    if facts.pixel_spacing is not None:
-        content["pixel_spacing"] = facts.pixel_spacing
-    if facts.contour_style is not None:
-        content["contour_style"] = facts.contour_style
+    if info.pixel_spacing is not None:
+        content["pixel_spacing"] = info.pixel_spacing
+    if info.contour_style is not None:
+        content["contour_style"] = info.contour_style
     disk.replace_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 

@@ -94,10 +94,10 @@ class CTDataset(Dataset):
         self.rows, self.root, self.image_size = views.of(rows), Path(root), image_size
         self.slices, self.views, self.max_bad = len(rows), views, max_bad
         self.window, self.contour_channels = window, contour_channels
-        self.facts = ct.read_facts(Path(rescale_folder))
-        if self.facts.rescale is None:
-            self.facts = ct.read_facts(self.root)
-        self.rescale = self.facts.rescale
+        self.info = ct.read_dataset_info(Path(rescale_folder))
+        if self.info.rescale is None:
+            self.info = ct.read_dataset_info(self.root)
+        self.rescale = self.info.rescale
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,9 +211,9 @@ class CTDataset(Dataset):
     def fitted_spacing(self, sizes: set[tuple[int, int]]) -> float | None:
         """mm of a pixel of the resized slices; None where unknown or where sizes differ."""
         sides = {max(size) for size in sizes}
-        if self.facts.pixel_spacing is None or len(sides) != 1:
+        if self.info.pixel_spacing is None or len(sides) != 1:
             return None
-        return self.facts.pixel_spacing * sides.pop() / self.image_size
+        return self.info.pixel_spacing * sides.pop() / self.image_size
 
 
 def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:

@@ -95,9 +95,7 @@ def write_latents(
             writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
             for i, row in enumerate(dataset.rows):
                 writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
-        style, notes = measure_style(
-            arrays["contours"], dataset.slices, dataset.facts.contour_style
-        )
+        style, notes = measure_style(arrays["contours"], dataset.slices, dataset.info.contour_style)
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
             "latent_shape": [count, *latent],
@@ -188,7 +186,7 @@ def encode_csv(
         "files_sha256": dataset.fingerprint(),
         "split": vae_content["split"],
     }
-    said = dataset.facts.pixel_spacing, dataset.facts.contour_style
+    said = dataset.info.pixel_spacing, dataset.info.contour_style
     if said != (None, None):
         facts["dataset_json"] = list(said)
     notes += dataset.notes()

@@ -67,9 +67,9 @@ class Reader:
         """A sample, the contour it was asked to follow, and the real slice that has it."""
         item, size = self.samples.items[i], self.samples.size
         image = ct.hu_to_unit(
-            ct.read_hu(item.path, self.samples.facts.rescale, self.window), self.window
+            ct.read_hu(item.path, self.samples.info.rescale, self.window), self.window
         )
-        spacing = self.samples.facts.pixel_spacing or float("nan")
+        spacing = self.samples.info.pixel_spacing or float("nan")
         asked = pair = None
         if item.row is not None:
             hu, contour = self.real.read_pair(item.row)
@@ -100,7 +100,7 @@ class Reader:
 
     def spacing(self, hu: np.ndarray) -> float:
         """mm of a pixel after `fit`; NaN where dataset.json does not say."""
-        known = self.real.facts.pixel_spacing
+        known = self.real.info.pixel_spacing
         return float("nan") if known is None else known * max(hu.shape) / self.samples.size
 
 

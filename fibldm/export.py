@@ -12,7 +12,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from fibldm import __version__, disk
-from fibldm.ct import PNG_LEVELS, Facts, Window, unit_to_hu
+from fibldm.ct import PNG_LEVELS, DatasetInfo, Window, unit_to_hu
 
 
 def synthetic_dicom(
@@ -105,9 +105,9 @@ FORMATS = ("png", "npy", "nifti", "dicom")
 SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
 
 
-def png_facts(window: Window, spacing: float | None = None) -> Facts:
+def png_info(window: Window, spacing: float | None = None) -> DatasetInfo:
     """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
-    return Facts(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
+    return DatasetInfo(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
 
 
 def write_slice(
@@ -123,7 +123,7 @@ def write_slice(
     """Write one slice (H, W), in [-1, 1] over `window`; what is read back is the same to 1 HU.
 
     "png" holds the window over 0 to 65535: in 8 bits, 1400 HU would become steps of 5.5 HU. Its
-    HU are read with `png_facts` beside it. "npy" is float32 HU; "nifti" and "dicom" int16 HU with
+    HU are read with `png_info` beside it. "npy" is float32 HU; "nifti" and "dicom" int16 HU with
     pixels of `spacing` mm. `run`, `number` and `comment` go into DICOM: `dicom.synthetic_dicom`.
     """
     image = np.clip(image, -1, 1)

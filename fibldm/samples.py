@@ -31,7 +31,7 @@ class Samples:
     """The samples of a folder, how their HU are read, and what their samples.csv says."""
 
     items: list[Sample]
-    facts: ct.Facts
+    info: ct.DatasetInfo
     size: int
     models: dict[str, str]
 
@@ -57,9 +57,9 @@ def read_samples(folder: Path, rows: list[Row], window: ct.Window) -> tuple[Samp
         )
     if table.is_file() and not any(has_contour(item) for item in items):
         notes.append("samples.csv names no contours: control and pairs are left out.")
-    facts = ct.read_facts(folder)
-    size, some = check_samples(items, facts, window, folder)
-    return Samples(items, facts, size, models), notes + some
+    info = ct.read_dataset_info(folder)
+    size, some = check_samples(items, info, window, folder)
+    return Samples(items, info, size, models), notes + some
 
 
 def has_contour(sample: Sample) -> bool:
@@ -115,12 +115,12 @@ def describe_file(path: Path) -> str:
 
 
 def check_samples(
-    items: list[Sample], facts: ct.Facts, window: ct.Window, folder: Path
+    items: list[Sample], info: ct.DatasetInfo, window: ct.Window, folder: Path
 ) -> tuple[int, list[str]]:
     """Decode all samples; return their side and notes. ValueError lists those that do not fit."""
     low, high = window
-    if facts.rescale is not None and all(item.path.suffix == ".png" for item in items):
-        slope, intercept = facts.rescale
+    if info.rescale is not None and all(item.path.suffix == ".png" for item in items):
+        slope, intercept = info.rescale
         least, most = intercept, intercept + ct.PNG_LEVELS * slope
         if least > low + 1 or most < high - 1:
             raise ValueError(
@@ -131,7 +131,7 @@ def check_samples(
 
     def look(item: Sample) -> str | tuple[tuple[int, ...], float, float]:
         try:
-            hu = ct.read_hu(item.path, facts.rescale, window)
+            hu = ct.read_hu(item.path, info.rescale, window)
         except ValueError as error:
             remedy = ct.SCALE_REMEDY.replace("label.csv", "the samples")
             return str(error).replace(ct.SCALE_REMEDY, remedy)

@@ -89,7 +89,7 @@ def test_what_is_written_is_read(tmp_path, file_format, window):
     image = gradient(16, 24)
     path = tmp_path / f"a{export.SUFFIXES[file_format]}"
     export.write_slice(path, image, window, file_format, spacing=1.5)
-    rescale = export.png_facts(window).rescale if file_format == "png" else None
+    rescale = export.png_info(window).rescale if file_format == "png" else None
     np.testing.assert_allclose(
         ct.read_hu(path, rescale),
         ct.unit_to_hu(image, window),
@@ -102,7 +102,7 @@ def test_values_beyond_the_window_are_clipped_when_written(tmp_path):
     for file_format, suffix in export.SUFFIXES.items():
         path = tmp_path / f"a{suffix}"
         export.write_slice(path, np.array([[-3.0, 3.0]] * 2, np.float32), WINDOW, file_format)
-        rescale = export.png_facts(WINDOW).rescale if file_format == "png" else None
+        rescale = export.png_info(WINDOW).rescale if file_format == "png" else None
         np.testing.assert_allclose(ct.read_hu(path, rescale)[0], WINDOW, atol=1e-3)
 
 
@@ -195,21 +195,21 @@ def test_a_bad_dataset_json_is_refused_by_name(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "facts",
-    [ct.Facts((1.0, -1024.0)), ct.Facts((0.5, 0.0), 0.75), ct.Facts((1.0, 0.0), None, "outline"),
-     ct.Facts((1.0, 0.0), 1.5, "filled")],
+    "info",
+    [ct.DatasetInfo((1.0, -1024.0)), ct.DatasetInfo((0.5, 0.0), 0.75),
+     ct.DatasetInfo((1.0, 0.0), None, "outline"), ct.DatasetInfo((1.0, 0.0), 1.5, "filled")],
 )  # fmt: skip
-def test_facts_are_read_as_written(tmp_path, facts):
-    assert ct.read_facts(tmp_path) == ct.Facts()
-    ct.write_facts(tmp_path, facts)
-    assert ct.read_facts(tmp_path) == facts
+def test_dataset_info_is_read_as_written(tmp_path, info):
+    assert ct.read_dataset_info(tmp_path) == ct.DatasetInfo()
+    ct.write_dataset_info(tmp_path, info)
+    assert ct.read_dataset_info(tmp_path) == info
     assert [p.name for p in tmp_path.iterdir()] == ["dataset.json"]
 
 
-def test_facts_of_no_concern_are_passed_over(tmp_path):
+def test_keys_of_no_concern_are_passed_over(tmp_path):
     content = {"rescale_slope": 1, "rescale_intercept": 0, "pixel_spacing": None, "made_by": "x"}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    assert ct.read_facts(tmp_path) == ct.Facts((1.0, 0.0))
+    assert ct.read_dataset_info(tmp_path) == ct.DatasetInfo((1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_facts_of_no_concern_are_passed_over(tmp_path):
     [("pixel_spacing", "1.0"), ("pixel_spacing", 0), ("pixel_spacing", -1), ("pixel_spacing", True),
      ("pixel_spacing", [1, 1]), ("contour_style", "dotted"), ("contour_style", 1)],
 )  # fmt: skip
-def test_facts_of_a_wrong_type_are_refused_by_name(tmp_path, name, value):
+def test_dataset_info_of_a_wrong_type_is_refused_by_name(tmp_path, name, value):
     content = {"rescale_slope": 1, "rescale_intercept": 0, name: value}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"dataset\.json.*{name}"):
-        ct.read_facts(tmp_path)
+        ct.read_dataset_info(tmp_path)
 
 
 @pytest.mark.parametrize("high", [1, 128, 255])

@@ -56,7 +56,7 @@ def write(folder: Path, images, contours: list[str], labels: list[str], **option
     for name, image in zip(names, images, strict=True):
         export.write_slice(folder / name, image, ct.DEFAULT_WINDOW, kind)
     if kind == "png":
-        ct.write_facts(folder, export.png_facts(options.get("window", ct.DEFAULT_WINDOW)))
+        ct.write_dataset_info(folder, export.png_info(options.get("window", ct.DEFAULT_WINDOW)))
     with open(folder / "samples.csv", "w", newline="") as file:
         lines = zip(names, contours, labels, strict=True)
         csv.writer(file).writerows([["file", "contour", "label"], *lines])

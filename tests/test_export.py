@@ -123,7 +123,7 @@ def test_what_is_read_back_is_what_was_sampled_to_1_hu(file_format, drawn, stage
 
 
 def test_png_samples_are_a_data_set_that_is_read_as_hu(drawn):
-    assert ct.read_facts(drawn["png"]) == ct.Facts((1400 / 65535, -1000.0), 0.75)
+    assert ct.read_dataset_info(drawn["png"]) == ct.DatasetInfo((1400 / 65535, -1000.0), 0.75)
     assert Image.open(drawn["png"] / "grid.png").mode == "RGB"
     for name in "npy", "nifti", "dicom":
         assert not (drawn[name] / "dataset.json").exists()
@@ -335,7 +335,7 @@ def test_the_data_s_spacing_reaches_the_samples(stages, data, tmp_path, capsys):
     run(sample, [*options, "dicom", "--pixel_spacing", "0.3333333333333333"])
     assert spacing_of(tmp_path / "out" / "sample_00000.dcm") == pytest.approx(1 / 3)
     run(sample, [*options, "png"])
-    assert ct.read_facts(tmp_path / "out").pixel_spacing == 2.5
+    assert ct.read_dataset_info(tmp_path / "out").pixel_spacing == 2.5
     assert "assumption" not in capsys.readouterr().out
 
 
