@@ -125,10 +125,10 @@ def main(args: argparse.Namespace) -> None:
 
     first = found["other patients"]
     names = [name for name in first if any(part in name for part in SHOWN)]
-    print(f"\n| metric | floor | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
+    print(f"\n| metric | baseline | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
     for metric in names:
         cells = [cell(scores.get(metric), "value") for scores in found.values()]
-        print(f"| {metric} | {cell(first[metric], 'floor')} | {' | '.join(cells)} |")
+        print(f"| {metric} | {cell(first[metric], 'baseline')} | {' | '.join(cells)} |")
     print("\nseconds: " + ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items()))
 
 

@@ -31,16 +31,16 @@ MEANINGS = {
     "recall": "Share of real slices that lie among samples: is the variety of patients there? It "
     "is low for few samples, whatever the model.",
     "lpips": "Perceptual distance between a sample and the real slice whose contour it was asked "
-    "to follow; the floor is that of two unrelated patients. It is no error: another patient with "
-    "the same lungs is a right answer. Values far below the floor mean that samples resemble their "
-    "own patient, which is a matter for privacy.",
+    "to follow; the baseline is that of two unrelated patients. It is no error: another patient "
+    "with the same lungs is a right answer. Values far below the baseline mean that samples "
+    "resemble their own patient, which is a matter for privacy.",
     "ssim": "Structural similarity of the same pairs; 1 is equality. As with LPIPS a high value is "
     "no merit by itself. Between unrelated slices it means nothing, so that only pairs are used.",
-    "diversity": "Mean perceptual distance between two samples; the floor is the same between "
+    "diversity": "Mean perceptual distance between two samples; the baseline is the same between "
     "slices of different real patients. Far below it the samples are alike (collapse); far above "
     "it they may be noise.",
     "dice": "Overlap of the contour asked for with the lungs found in the sample; 1 is best. The "
-    "floor is what the same segmenter finds on real slices against their own contours. Where it "
+    "baseline is what the same segmenter finds on real slices against their own contours. Where it "
     "errs (consolidation, little lung), a low value may be its fault.",
     "hd95_px": "Distance between the borders of both, in pixels, below which 95 % of border points "
     "lie; 0 is best. It shows local errors that overlap hides.",
@@ -50,7 +50,7 @@ MEANINGS = {
     "sees it first. Reconstruction kernels of scanners differ as well: compare like with like.",
     "copies": "A sample is flagged if it is nearer to a training slice than 99 % of slices of "
     "held-out patients, whom no model has seen: by correlation of latents, or of fine structure "
-    "in pixels after alignment. About 1 % is flagged by chance, which is the floor. Look at the "
+    "in pixels after alignment. About 1 % is flagged by chance, which is the baseline. Look at the "
     "closest pairs: the same vessels at the same places are a copy, the same lungs' outline alone "
     "is what was asked for. Not being flagged proves no anonymity.",
     "controls": "The controls tell whether the search can be trusted here: training slices with "
@@ -131,12 +131,12 @@ def disease_sections(
     verdict = Verdict("not judged", strange)
     if known:
         judged = [score for score in of_all if judge(score).word != "not judged"]
-        far = max(judged, key=lambda score: score.value / score.floor)
+        far = max(judged, key=lambda score: score.value / score.baseline)
         word = worst(known).word if share <= IMPLAUSIBLE else "bad"
         verdict = Verdict(
             word,
-            f"of {len(known)} quantities {counts}; farthest: {far.name} {number(far.value)}, floor "
-            f"{number(far.floor)}; {strange}",
+            f"of {len(known)} quantities {counts}; farthest: {far.name} {number(far.value)}, "
+            f"baseline {number(far.baseline)}; {strange}",
         )
     listed = [f"{names[i]}: {reason}" for i, reason in fake.implausible.items()]
     strange += ":" if listed else "."
@@ -144,7 +144,7 @@ def disease_sections(
     text = (
         "Is the tissue inside of the lungs as dense, as textured and as noisy as in real slices? "
         "Each value is a distance between two distributions, in the unit of its quantity: 0 is "
-        "best, and the floor is what two groups of real patients differ by."
+        "best, and the baseline is what two groups of real patients differ by."
     )
     meanings = {key: MEANINGS[key] for key in ("density", "glcm", "noise_power")}
     sections = [

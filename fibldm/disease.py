@@ -49,7 +49,7 @@ NOISE = [f"noise_{frequency:.4f}" for frequency in FREQUENCIES]
 LEAST_POWER = 0.01  # HU^2 px^2: less is no noise, only rounding
 
 FEW = 30  # patients or samples: with fewer a distribution is hardly known
-HALVINGS = 20  # of the real patients; the floor is the mean over them
+HALVINGS = 20  # of the real patients; the baseline is the mean over them
 
 
 # One slice.
@@ -178,7 +178,7 @@ def compare(
     the Wasserstein-1 distance in the quantity's own unit (how far a slice has to move on average);
     for `noise_power`, the mean over FREQUENCIES of |log ratio| of the geometric mean spectra: 0.1
     is about 10 %. Interval: of the value under resampling of patients and of samples, centred on
-    the value, because a resample adds a distance of its own. Floor: mean over 20 halvings of the
+    the value, because a resample adds a distance of its own. Baseline: mean over 20 halvings of the
     real patients. Slices without a value are left out and counted in the warning.
     """
     for what, rows, owners in (("real", real, patients), ("fake", fake, names)):
@@ -196,10 +196,10 @@ def compare(
     pairs = zip(resamples(patients, draws, seed), resamples(names, draws, seed + 1), strict=True)
     drawn = np.array([_distances(table_real[a], table_fake[b]) for a, b in pairs])
     drawn = drawn.reshape(-1, len(value))
-    floor = np.full(len(value), np.nan)
+    baseline = np.full(len(value), np.nan)
     if len(set(patients)) >= 4:
         split = [halves(patients, seed + i) for i in range(HALVINGS)]
-        floor = _mean(np.array([_distances(table_real[a], table_real[b]) for a, b in split]))
+        baseline = _mean(np.array([_distances(table_real[a], table_real[b]) for a, b in split]))
     spread = np.maximum(drawn - _mean(drawn) + value, 0)
 
     scores = []
@@ -219,7 +219,7 @@ def compare(
         )
         low, high = interval(spread[:, i])
         counts = int(has_real.sum()), int(has_fake.sum())
-        numbers = float(value[i]), low, high, float(floor[i])
+        numbers = float(value[i]), low, high, float(baseline[i])
         scores.append(Score(name, *numbers, *counts, source, "; ".join(warnings)))
     return scores
 

@@ -1,6 +1,6 @@
 """How real generated slices look, and whether their lungs are those asked for.
 
-RealismMetrics measures while a model trains, Realism with intervals and floors for a report.
+RealismMetrics measures while a model trains, Realism with intervals and baselines for a report.
 Nothing here downloads: a metric whose network weights are absent is left out and named, with the
 command that fetches them (scripts/fetch_metric_weights.py).
 """
@@ -40,8 +40,8 @@ from fibldm.features import (
 class Score:
     """One row of a table of metrics.
 
-    `low` and `high` are the 95 % bootstrap interval, `floor` the same metric between two disjoint
-    halves of the real patients: what no model can be told from. NaN where it can't be had.
+    `low` and `high` are the 95 % bootstrap interval. `baseline` is the real-vs-real baseline: the
+    same metric between two disjoint halves of the real patients. NaN where it can't be had.
     `source` names what measured it (a network and its weights' hash, an operator); `warning` says
     why not to trust the number, "" where there is nothing to say.
     """
@@ -50,7 +50,7 @@ class Score:
     value: float
     low: float
     high: float
-    floor: float
+    baseline: float
     n_real: int
     n_fake: int
     source: str
@@ -239,7 +239,7 @@ class RealismMetrics:
 SIDES = ("real", "fake")
 DRAWS = 200  # of the bootstrap
 FEW = 100  # below so many images or pairs a number has the warning
-PAIRS = 200  # at most, for the diversity and for the floors of what is measured on pairs
+PAIRS = 200  # at most, for the diversity and for the baselines of what is measured on pairs
 FID_IMAGES = 2048  # with fewer, the covariance of as many features is singular and FID biased up
 
 SetMetric = Callable[[Features, Features, Tensor, Tensor, torch.device], np.ndarray]
@@ -305,7 +305,7 @@ def set_score(
     value, *drawn = metric(real, fake, *resampled, device)
     low, high = moved_interval(value, np.array(drawn)).clip(lowest, highest)
 
-    # The floor, and samples in the same numbers: all but KID depend on those.
+    # The baseline, and samples in the same numbers: all but KID depend on those.
     def once(x: Features, y: Features) -> float:
         return float(metric(x, y, torch.ones(1, len(x)), torch.ones(1, len(y)), device)[0])
 
@@ -313,17 +313,17 @@ def set_score(
     generator = np.random.default_rng(seed)
     second = np.sort(generator.permutation(second)[:m])
     some = np.sort(generator.permutation(m)[: len(second)])
-    floor = np.nan
+    baseline = np.nan
     if min(len(first), len(second)) < least:
-        warnings.append("too few real patients for a floor")
+        warnings.append("too few real patients for a baseline")
     else:
         half = real[first]
-        floor = once(half, real[second])
-        text = f"floor of {len(first)} against {len(second)} images"
+        baseline = once(half, real[second])
+        text = f"baseline of {len(first)} against {len(second)} images"
         alike = f", where samples have {once(half, fake[some]):.4g}" if name != "kid" else ""
         warnings.append(text + alike)
     bounds = float(low), float(high)
-    return Score(name, float(value), *bounds, floor, n, m, source, "; ".join(warnings))
+    return Score(name, float(value), *bounds, baseline, n, m, source, "; ".join(warnings))
 
 
 def pair_score(
@@ -336,17 +336,17 @@ def pair_score(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Score:
-    """The mean of a metric over pairs (N,); its floor over pairs of unrelated real patients."""
+    """The mean of a metric over pairs (N,); its baseline over pairs of unrelated real patients."""
     warnings = [f"under {FEW} pairs"] if 0 < len(values) < FEW else []
     if len(values) == 0:
         wanted = "two samples" if name == "diversity" else "a sample and its real slice"
         warnings.append(f"no pair: {wanted} would be one")
     if len(unrelated) == 0:
-        warnings.append("too few real patients for a floor")
+        warnings.append("too few real patients for a baseline")
     low, high = interval(resampled_means(values, names, draws, seed))
-    floor = float(unrelated.mean()) if len(unrelated) else np.nan
+    baseline = float(unrelated.mean()) if len(unrelated) else np.nan
     value = float(values.mean()) if len(values) else np.nan
-    return Score(name, value, low, high, floor, *counts, source, "; ".join(warnings))
+    return Score(name, value, low, high, baseline, *counts, source, "; ".join(warnings))
 
 
 def resampled_means(
@@ -360,10 +360,10 @@ def resampled_means(
 
 class Realism:
     """FID, KID, precision, recall, LPIPS, SSIM and diversity of samples, with what it takes to
-    believe them: intervals, the floor between two halves of the real patients, sources, warnings.
+    believe them: intervals, the baseline of two halves of the real patients, sources, warnings.
 
     LPIPS and SSIM are of samples and the real slices whose contours they were given; diversity is
-    the LPIPS of samples and other samples. For these three the floor is that of real slices of
+    the LPIPS of samples and other samples. For these three the baseline is that of real slices of
     unrelated patients: a sample should be nearer than that to its own real slice, and as far as
     that from other samples.
 
@@ -567,8 +567,8 @@ def control_scores(
 ) -> list[Score]:
     """Do samples have the lungs asked for? Mean Dice and 95th-percentile Hausdorff distance.
 
-    real: the same segmenter's on real slices with their own contours, whose mean is the floor: it
-    errs on them too. hd95_mm is there if a sample's spacing is known.
+    real: the same segmenter's on real slices with their own contours. Their mean is the baseline,
+    since it errs on them too. hd95_mm is there if a sample's spacing is known.
     """
     scores = []
     spacing, patients, pixels = samples.spacing, real.owners, (samples.hd95, real.hd95)
@@ -589,17 +589,17 @@ def control_scores(
         if name == "hd95_mm" and not np.isfinite(spacing).all():
             warnings.append(f"{np.isnan(spacing).sum()} samples of unknown spacing left out")
         source = "filled masks" if name == "dice" else "borders of filled masks"
-        floor = np.nan
+        baseline = np.nan
         if kept_real.any():
             owners = np.asarray(patients, str)[kept_real]
-            floor = float(of_real[kept_real].mean())
+            baseline = float(of_real[kept_real].mean())
             low, high = interval(resampled_means(of_real[kept_real], owners, draws, seed))
-            source += f"; floor {low:.3g} to {high:.3g} over {len(set(owners))} patients"
+            source += f"; baseline {low:.3g} to {high:.3g} over {len(set(owners))} patients"
         else:
-            warnings.append("no real slices for a floor")
+            warnings.append("no real slices for a baseline")
         value = float(own[kept].mean()) if kept.any() else np.nan
         groups = np.asarray(samples.owners, str)[kept]
         bounds = interval(resampled_means(own[kept], groups, draws, seed))
         numbers = int(kept_real.sum()), int(kept.sum())
-        scores.append(Score(name, value, *bounds, floor, *numbers, source, "; ".join(warnings)))
+        scores.append(Score(name, value, *bounds, baseline, *numbers, source, "; ".join(warnings)))
     return scores

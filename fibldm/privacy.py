@@ -219,7 +219,7 @@ class Privacy:
     ) -> list[Score]:
         """Shares of samples flagged and of training patients concerned; the median distances.
 
-        matches: of `nearest`; names: of the samples. The floor is what held-out slices show: the
+        matches: of `nearest`; names: of the samples. The baseline is what held-out slices show: the
         share flagged of those that did not set the threshold, their median distance. Raises
         ValueError for no samples.
         """
@@ -232,24 +232,24 @@ class Privacy:
         rows = np.array([match.row for match in matches], int)
         picks = list(resamples(names, draws, seed))
 
-        def score(name: str, value: float, drawn: list[float], floor: float) -> Score:
+        def score(name: str, value: float, drawn: list[float], baseline: float) -> Score:
             low, high = interval(drawn)
-            return Score(name, value, low, high, floor, held, fake, source, self.caution())
+            return Score(name, value, low, high, baseline, held, fake, source, self.caution())
 
         false = self._false_flags()
-        floor = float("nan") if false is None else float(false.mean())
+        baseline = float("nan") if false is None else float(false.mean())
         shares = [float(flagged[pick].mean()) for pick in picks]
         copied = len(np.unique(self.patients[rows[flagged]])) / len(np.unique(self.patients))
         found = [
-            score("samples flagged as copies", float(flagged.mean()), shares, floor),
+            score("samples flagged as copies", float(flagged.mean()), shares, baseline),
             score("training patients copied", copied, [], float("nan")),  # no mean: no bootstrap
         ]
         for name in self.spaces:
             values = np.array([match.distances[name] for match in matches])
             medians = [float(np.median(values[pick])) for pick in picks]
-            floor = float(np.median(self.heldout[name]))
+            baseline = float(np.median(self.heldout[name]))
             title = f"distance to the nearest training slice, {name}, median"
-            found.append(score(title, float(np.median(values)), medians, floor))
+            found.append(score(title, float(np.median(values)), medians, baseline))
         return found
 
     # Controls.

@@ -19,17 +19,17 @@ from fibldm.metrics import Score
 
 WORDS = ("good", "doubtful", "bad", "not judged")
 JUDGEMENT = (
-    "Good: the interval reaches the floor, so that this metric cannot tell the samples from other "
-    "real patients. Doubtful: farther than that, but at most twice as far as the floor. Bad: "
-    "farther still. A group is as good as its worst number. With few images the intervals are "
+    "Good: the interval reaches the baseline, so that this metric cannot tell the samples from "
+    "other real patients. Doubtful: farther than that, but at most twice as far as the baseline. "
+    "Bad: farther still. A group is as good as its worst number. With few images the intervals are "
     "wide, and good then only means not shown to be bad. The words approve of no use."
 )
 DASH = "\N{EN DASH}"  # for a number that is not there
 GLOSSARY = (
     "Interval: 95 % of bootstrap resamples, of patients for real slices and of single samples for "
-    "generated ones. Floor: the same metric between two disjoint halves of the real patients "
-    "(for control: of the same segmenter on real slices); nothing generated can be expected to "
-    "do better. N: real slices / samples that the number is of."
+    "generated ones. Baseline (real against real): the same metric between two disjoint halves of "
+    "the real patients (for control: of the same segmenter on real slices); nothing generated can "
+    "be expected to do better. N: real slices / samples that the number is of."
 )
 
 
@@ -76,27 +76,27 @@ class Section:
 
 
 def judge(score: Score, higher_is_better: bool = False, squared: bool = False) -> Verdict:
-    """A score against its floor, by the rule that JUDGEMENT tells the reader.
+    """A score against its baseline, by the rule that JUDGEMENT tells the reader.
 
     How far a score is counts from 0, or from 1 where higher is better (Dice); of a squared distance
     (FID, KID) its root counts.
     """
     shown = f"{score.name} {number(score.value)}"
-    value, floor, best = score.value, score.floor, score.low
+    value, baseline, best = score.value, score.baseline, score.low
     if squared:
-        floor = max(floor, 0.0)  # an estimate of 0 may lie below it by chance
-    if not math.isfinite(value) or not math.isfinite(floor) or (floor == 0 and not squared):
-        return Verdict("not judged", f"{shown}, no floor to compare it with")
+        baseline = max(baseline, 0.0)  # an estimate of 0 may lie below it by chance
+    if not math.isfinite(value) or not math.isfinite(baseline) or (baseline == 0 and not squared):
+        return Verdict("not judged", f"{shown}, no baseline to compare it with")
     if higher_is_better:
-        value, floor, best = 1 - score.value, 1 - score.floor, 1 - score.high
+        value, baseline, best = 1 - score.value, 1 - score.baseline, 1 - score.high
     if math.isnan(best):
         best = value
-    near = value <= (4 if squared else 2) * floor
-    word = "good" if best <= floor else "doubtful" if near else "bad"
+    near = value <= (4 if squared else 2) * baseline
+    word = "good" if best <= baseline else "doubtful" if near else "bad"
     interval = ""
     if math.isfinite(score.low):
         interval = f" (interval {number(score.low)} to {number(score.high)})"
-    return Verdict(word, f"{shown}{interval}, floor {number(score.floor)}")
+    return Verdict(word, f"{shown}{interval}, baseline {number(score.baseline)}")
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
@@ -206,7 +206,7 @@ def _caption(title: str) -> str:
 
 def _table(scores: Sequence[Score]) -> str:
     """A row a score; on a phone each row is a card, whose cells name their column themselves."""
-    columns = ["metric", "value", "95 % interval", "floor", "N real / fake", "source"]
+    columns = ["metric", "value", "95 % interval", "baseline", "N real / fake", "source"]
     columns += ["warning"] * any(score.warning for score in scores)
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     rows = []
@@ -215,7 +215,7 @@ def _table(scores: Sequence[Score]) -> str:
         if math.isfinite(score.low) and math.isfinite(score.high):
             interval = f"{number(score.low)} to {number(score.high)}"
         cells = (
-            score.name, number(score.value), interval, number(score.floor),
+            score.name, number(score.value), interval, number(score.baseline),
             f"{score.n_real} / {score.n_fake}", score.source, score.warning,
         )  # fmt: skip
         row = f'<th scope="row">{escape(score.name)}</th>'

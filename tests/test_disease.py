@@ -171,7 +171,7 @@ def test_the_distance_of_shifted_distributions_is_the_shift():
     for name in disease.QUANTITIES:
         score = scores[name]
         assert score.value == pytest.approx(7)
-        assert score.floor < 3 < score.low < 7 < score.high < 11
+        assert score.baseline < 3 < score.low < 7 < score.high < 11
         assert (score.n_real, score.n_fake, score.warning) == (40, 40, "")
 
 
@@ -196,7 +196,7 @@ def test_floor_and_interval_know_patients():
     arguments = fake, slices[:40], 100
     right = named(disease.compare(rows, patients, *arguments))["mean"]
     wrong = named(disease.compare(rows, slices, *arguments))["mean"]
-    assert right.floor > 2 * wrong.floor
+    assert right.baseline > 2 * wrong.baseline
     assert right.high - right.low > 1.5 * (wrong.high - wrong.low)
     assert right.low <= right.value <= right.high
     assert "few patients: 8" in right.warning and right.n_real == 80
@@ -207,7 +207,9 @@ def test_the_floor_is_what_equal_distributions_get():
     other = [named(disease.compare(some_slices(100), owners, some_slices(100, seed=i), owners, 5))
              for i in range(1, 6)]  # fmt: skip
     mean = np.mean([scores["skewness"].value for scores in other])
-    assert other[0]["skewness"].floor == pytest.approx(mean * 2**0.5, rel=0.35)  # halves: 50 each
+    assert other[0]["skewness"].baseline == pytest.approx(
+        mean * 2**0.5, rel=0.35
+    )  # halves: 50 each
 
 
 def test_slices_without_a_value_are_left_out_and_counted():
@@ -223,12 +225,12 @@ def test_slices_without_a_value_are_left_out_and_counted():
     nothing = [dict.fromkeys(real[0], float("nan"))] * 40
     for score in disease.compare(real, owners, nothing, owners, draws=5):
         assert np.isnan([score.value, score.low, score.high]).all() and score.n_fake == 0
-        assert np.isfinite(score.floor)
+        assert np.isfinite(score.baseline)
 
 
 def test_too_few_patients_for_two_halves_have_no_floor():
     scores = disease.compare(some_slices(3), ["a", "b", "c"], some_slices(5), ["s"] * 5, draws=5)
-    assert np.isnan([score.floor for score in scores]).all()
+    assert np.isnan([score.baseline for score in scores]).all()
     assert all("few patients: 3" in score.warning for score in scores)
 
 
@@ -328,8 +330,8 @@ def test_real_slices_are_nearest_to_other_patients(ct_folder):
         for kind, fake in fakes.items()
     }
     for name, score in found["other"].items():
-        assert score.value <= 2 * score.floor  # other patients are as near as halves are
-        assert score.floor == 0 or score.value < found["phantom"][name].value
+        assert score.value <= 2 * score.baseline  # other patients are as near as halves are
+        assert score.baseline == 0 or score.value < found["phantom"][name].value
     for name in ("glcm_contrast", "glcm_homogeneity", "glcm_energy", "noise_power"):
         other, noise, blur = (found[kind][name] for kind in ("other", "noise", "blur"))
         assert other.high < min(noise.low, blur.low)

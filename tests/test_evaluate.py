@@ -131,7 +131,7 @@ def test_real_slices_as_samples_reach_the_ceiling_in_every_format(phantoms, tmp_
     assert disease["mean"]["value"] == pytest.approx(0, abs=0.5)  # HU: NIfTI and DICOM round
     assert scores(content, "Realism")["ssim"]["value"] == pytest.approx(1, abs=1e-3)
     dice = scores(content, "Control")["dice"]
-    assert dice["value"] == pytest.approx(dice["floor"], abs=0.02)
+    assert dice["value"] == pytest.approx(dice["baseline"], abs=0.02)
     assert content["groups"]["Privacy"]["verdict"] == "not judged"
     assert {"Disease: fibrosis", "Disease: normal"} & content["groups"].keys()
 
@@ -147,7 +147,7 @@ def test_control_is_the_dice_of_lungs_and_the_contour_asked_for(phantoms, tmp_pa
     contours = np.stack([data[i]["contour"][0].numpy() for i in range(len(rows))])
     masks = np.stack([lung_mask(ct.unit_to_hu(image)) for image in images])
     expected = contour_dice(masks, np.roll(contours, -1, axis=0)).mean()
-    assert dice["value"] == pytest.approx(expected, abs=1e-6) and dice["value"] < dice["floor"]
+    assert dice["value"] == pytest.approx(expected, abs=1e-6) and dice["value"] < dice["baseline"]
 
 
 def test_millimetres_are_pixels_times_the_spacing_of_the_data(phantoms, tmp_path):
@@ -159,7 +159,7 @@ def test_millimetres_are_pixels_times_the_spacing_of_the_data(phantoms, tmp_path
     found, _ = run(data, samples, tmp_path / "report", "--split", "val", *SPLIT)
     control = scores(found, "Control")
     assert control["hd95_mm"]["value"] == pytest.approx(2.5 * control["hd95_px"]["value"])
-    assert control["hd95_mm"]["floor"] == pytest.approx(2.5 * control["hd95_px"]["floor"])
+    assert control["hd95_mm"]["baseline"] == pytest.approx(2.5 * control["hd95_px"]["baseline"])
     assert control["hd95_mm"]["n_fake"] == len(rows)
 
 

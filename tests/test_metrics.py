@@ -192,18 +192,18 @@ def test_control_scores_count_what_they_leave_out():
     assert [s.name for s in (dice, pixels, mm)] == ["dice", "hd95_px", "hd95_mm"]
     share = 2 * asked[1].sum() / (asked[1].sum() + found[1].sum())
     assert dice.value == pytest.approx((1 + share + 1 + 0) / 4)
-    assert dice.low < dice.value < dice.high and dice.floor > 0.8
+    assert dice.low < dice.value < dice.high and dice.baseline > 0.8
     assert (dice.n_real, dice.n_fake, pixels.n_fake, mm.n_fake) == (3, 4, 3, 2)
     distance = metrics.hausdorff95(found[1:2], asked[1:2])[0]
     assert pixels.value == pytest.approx(distance / 3) and mm.value == pytest.approx(distance)
-    assert mm.floor == pytest.approx(2 * pixels.floor) and pixels.floor > 0
+    assert mm.baseline == pytest.approx(2 * pixels.baseline) and pixels.baseline > 0
     assert "1 samples without lungs" in pixels.warning and "lungs" not in dice.warning
     assert "unknown spacing" in mm.warning and "2 patients" in dice.source
 
     none = metrics.control_scores(following(found, asked, [np.nan] * 4, names), real)
     assert [s.name for s in none] == ["dice", "hd95_px"]
     alone = metrics.control_scores(samples, following(found[:0], asked[:0], [], []))
-    assert all(np.isnan(s.floor) and "floor" in s.warning for s in alone)
+    assert all(np.isnan(s.baseline) and "baseline" in s.warning for s in alone)
     empty = metrics.control_scores(following(found[3:], asked[3:], [1.0], ["d"]), real)
     assert empty[0].value == 0 and np.isnan(empty[1].value)
     with pytest.raises(ValueError, match="4 Dice, 4 distances, 4 spacings, 3 owners"):
@@ -302,7 +302,7 @@ def test_realism_without_weights_is_ssim(no_weights, tmp_path):
     (score,) = realism.scores()
     expected = float(metrics.ssim_per_image(real[:5], fake).mean())
     assert score.name == "ssim" and score.value == pytest.approx(expected, abs=1e-6)
-    assert score.low < score.value < score.high and np.isfinite(score.floor)
+    assert score.low < score.value < score.high and np.isfinite(score.baseline)
 
 
 def test_weights_are_found_in_a_folder_of_any_name(no_weights, tmp_path):
@@ -487,7 +487,7 @@ def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
     assert list(found) == order
     for score in found.values():
         assert score.low <= score.value <= score.high and score.low < score.high
-        assert np.isfinite(score.floor) and score.source == "pixels" and "under" in score.warning
+        assert np.isfinite(score.baseline) and score.source == "pixels" and "under" in score.warning
     assert (found["fid"].n_real, found["fid"].n_fake) == (24, 20)
     assert (found["ssim"].n_real, found["ssim"].n_fake, found["diversity"].n_fake) == (20, 20, 20)
     assert "2,048" in found["fid"].warning
@@ -497,15 +497,15 @@ def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
     assert found["fid"].value == pytest.approx(features.frechet_feature_distance(x, y), rel=1e-6)
     first, second = halves(patients_of(24))
     second = np.sort(np.random.default_rng(0).permutation(second)[:20])
-    floor = features.frechet_feature_distance(x[first], x[second])
-    assert found["fid"].floor == pytest.approx(floor, rel=1e-6)
+    baseline = features.frechet_feature_distance(x[first], x[second])
+    assert found["fid"].baseline == pytest.approx(baseline, rel=1e-6)
     assert found["lpips"].value == pytest.approx(float(mean_difference(real[:20], fake).mean()))
-    assert found["lpips"].floor == found["diversity"].floor  # both of unrelated real slices
+    assert found["lpips"].baseline == found["diversity"].baseline  # both of unrelated real slices
     assert by_name(realism.scores(draws=40)) == found
 
 
 def test_scores_order_what_is_worse(tmp_path):
-    """Other patients are at the floor, darker ones are not, and one sample repeated is no set."""
+    """Other patients reach the baseline, darker ones do not, and one sample repeated is no set."""
     real = slices(48, seed=0, size=32)
     others = slices(40, seed=1, size=32)
     noise = torch.randn(others.shape, generator=torch.Generator().manual_seed(0))
@@ -524,7 +524,7 @@ def test_scores_order_what_is_worse(tmp_path):
     assert abs(others["kid"].value) < 0.1 * darker["kid"].value
     assert darker["precision"].value < 0.5 < others["precision"].value
     assert same["recall"].value < 0.1 < others["recall"].value
-    assert same["diversity"].high < 0.5 * same["diversity"].floor < others["diversity"].low
+    assert same["diversity"].high < 0.5 * same["diversity"].baseline < others["diversity"].low
     assert np.isnan(others["lpips"].value) and "no pair" in others["lpips"].warning
 
 
@@ -559,17 +559,17 @@ def test_large_sets_have_fewer_resamples_and_say_so():
 def test_too_few_images_or_patients_are_said(tmp_path):
     realism = pixel_realism(tmp_path)
     for score in realism.scores():
-        assert np.isnan([score.value, score.low, score.floor]).all() and score.warning
+        assert np.isnan([score.value, score.low, score.baseline]).all() and score.warning
     images = slices(6, seed=0, size=32)
     realism.add_real(images[:5], ["p"] * 5)
     realism.add_fake(images[5:], ["s"], images[:1])
     found = by_name(realism.scores())
     assert "5 real images and 1 samples" in found["kid"].warning
-    assert found["ssim"].value < 1 and "floor" in found["ssim"].warning
+    assert found["ssim"].value < 1 and "baseline" in found["ssim"].warning
     realism.add_fake(images[:4], ["a", "b", "c", "d"])
     fid = by_name(realism.scores())["fid"]
-    assert fid.value > 0 and np.isnan([fid.low, fid.floor]).all()
-    assert "one patient" in fid.warning and "floor" in fid.warning
+    assert fid.value > 0 and np.isnan([fid.low, fid.baseline]).all()
+    assert "one patient" in fid.warning and "baseline" in fid.warning
 
 
 def test_what_cannot_be_measured_is_refused_and_leaves_nothing(tmp_path):

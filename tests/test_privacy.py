@@ -167,7 +167,7 @@ def test_scores_count_samples_and_patients(calibrated):
     ]
     flagged, copied, *distances = calibrated.scores(matches, ["a", "b", "c", "d"])
     assert flagged.value == 0.5 and 0 <= flagged.low < 0.5 < flagged.high <= 1
-    assert flagged.floor == calibrated.negative_control().value
+    assert flagged.baseline == calibrated.negative_control().value
     assert copied.value == pytest.approx(1 / TRAINED)
     assert [score.value for score in distances] == [pytest.approx(0.21)] * 2
     assert (flagged.n_real, flagged.n_fake) == (HELD, 4)

@@ -27,8 +27,8 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&.png"
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
-def score(name="fid", value=12.5, low=10.0, high=15.0, floor=3.25, warning="few", source="net"):
-    return Score(name, value, low, high, floor, 40, 41, source, warning)
+def score(name="fid", value=12.5, low=10.0, high=15.0, baseline=3.25, warning="few", source="net"):
+    return Score(name, value, low, high, baseline, 40, 41, source, warning)
 
 
 def picture(title="a sample"):
@@ -40,7 +40,7 @@ def page(**changes):
     section = Section(
         "Realism", "First.\n\nSecond.", [score(), score("kid", 0.0123, NAN, NAN, NAN, "")],
         [picture()], ["a note"], [Plot("a plot", svg)], {"fid": "a distance"},
-        Verdict("bad", "fid 12.5, floor 3.25"),
+        Verdict("bad", "fid 12.5, baseline 3.25"),
     )  # fmt: skip
     sections = changes.get("sections", [section])
     return render(changes.get("title", "A title"), sections, changes.get("facts", {"N": "41"}))
@@ -89,7 +89,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else():
 def test_every_number_word_and_fact_is_there():
     text = Reader(page()).text
     for part in (
-        "A title", "bad", "fid 12.5, floor 3.25", "12.5", "10 to 15", "3.25", "40 / 41", "net",
+        "A title", "bad", "fid 12.5, baseline 3.25", "12.5", "10 to 15", "3.25", "40 / 41", "net",
         "few", "0.0123", "First.", "Second.", "a note", "a plot", "a distance", "a sample", "41",
     ):  # fmt: skip
         assert part in text, part
@@ -126,9 +126,9 @@ def test_an_unknown_verdict_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high", "floor", "options", "word"),
+    ("value", "low", "high", "baseline", "options", "word"),
     [
-        (5.0, 3.0, 7.0, 3.5, {}, "good"),  # the interval reaches the floor
+        (5.0, 3.0, 7.0, 3.5, {}, "good"),  # the interval reaches the baseline
         (5.0, 4.0, 7.0, 3.5, {}, "doubtful"),
         (9.0, 8.0, 10.0, 3.5, {}, "bad"),
         (9.0, 8.0, 10.0, 3.5, {"squared": True}, "doubtful"),
@@ -138,15 +138,15 @@ def test_an_unknown_verdict_is_refused():
         (0.70, 0.68, 0.72, 0.95, {"higher_is_better": True}, "bad"),
         (5.0, NAN, NAN, 3.5, {}, "doubtful"),  # without an interval the value counts
         (3.0, NAN, NAN, 3.5, {}, "good"),
-        (0.01, -0.01, 0.02, -0.02, {"squared": True}, "good"),  # KID's floor below 0 is chance
+        (0.01, -0.01, 0.02, -0.02, {"squared": True}, "good"),  # KID's baseline below 0 is chance
         (0.01, 0.005, 0.02, -0.02, {"squared": True}, "bad"),
         (5.0, 4.0, 6.0, NAN, {}, "not judged"),
         (5.0, 4.0, 6.0, 0.0, {}, "not judged"),  # how far is twice as far as 0?
         (NAN, NAN, NAN, 1.0, {}, "not judged"),
     ],
 )
-def test_judge(value, low, high, floor, options, word):
-    verdict = judge(score("m", value, low, high, floor), **options)
+def test_judge(value, low, high, baseline, options, word):
+    verdict = judge(score("m", value, low, high, baseline), **options)
     assert verdict.word == word
     assert verdict.sentence.startswith("m ")
 
