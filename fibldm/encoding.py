@@ -1,7 +1,8 @@
 """Encode a data set into a folder of latents, whole or not at all."""
 
-import csv
+import contextlib
 import json
+import locale
 import os
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,10 +21,11 @@ from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.checkpoint import environment, require_equal
 from fibldm.datasets import CTDataset, Views, ahead, chunks, load_slices, to_device
 from fibldm.disk import StoredRows, create_rows, file_hash, sync_folder
-from fibldm.tables import Row, Split, read_table
+from fibldm.tables import Row, Split, read_csv, read_table, write_csv
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
+MANIFEST = ("row", "image", "patient_id", "label", "split", "view")
 MEASURED = 512  # contours at most, evenly spaced, whose style is measured
 
 
@@ -90,11 +93,8 @@ def write_latents(
 
     # The main process describes them and makes the folder appear.
     if distributed.is_main():
-        with open(partial / "manifest.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "image", "patient_id", "label", "split", "view"])
-            for i, row in enumerate(dataset.rows):
-                writer.writerow([i, row.image, row.patient_id, row.label, row.split, row.view])
+        manifest = pd.DataFrame(dataset.rows).assign(row=range(count))
+        write_csv(partial / "manifest.csv", manifest, MANIFEST)
         style, notes = measure_style(arrays["contours"], dataset.slices, dataset.info.contour_style)
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
@@ -215,6 +215,23 @@ def encode_csv(
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)
 
 
+def read_manifest(path: Path, classes: Sequence[str]) -> pd.DataFrame:
+    """manifest.csv as strings. Older ones lack the views, or are in the encoding of their locale:
+    the one in which the training slices have the `classes` is taken.
+    """
+    try:
+        manifest = read_csv(path)
+    except ValueError as error:
+        for encoding in (locale.getencoding(), "cp1252", "latin-1"):
+            with contextlib.suppress(ValueError):
+                manifest = read_csv(path, encoding)
+                if {*manifest["label"][manifest["split"] == "train"], ""} == {*classes, ""}:
+                    break
+        else:
+            raise error
+    return manifest if "view" in manifest else manifest.assign(view="0")
+
+
 LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
 
 
@@ -234,12 +251,10 @@ class LatentDataset:
             )
         try:
             self.meta = limits.read_json(self.folder / "meta.json")
-            limits.require_bytes(self.folder / "manifest.csv", limits.TEXT)
-            with open(self.folder / "manifest.csv", newline="") as file:
-                lines = list(csv.DictReader(file))
+            manifest = read_manifest(self.folder / "manifest.csv", self.meta["classes"])
             names = ("image", "patient_id", "label", "split")
-            cells = [[line[name] or "" for name in names] for line in lines]
-            views = [int(line.get("view") or 0) for line in lines]
+            cells = manifest[list(names)].values.tolist()
+            views = manifest["view"].astype(int).tolist()
             self.latents, self.contours, self._heldout = (
                 StoredRows(self.folder / f"{name}.npy")
                 for name in ("latents", "contours", "heldout_images")
@@ -248,7 +263,7 @@ class LatentDataset:
                 if array.ndim != 4:
                     raise ValueError(f"{array.path.name}: {array.shape}, expected 4D")
             self._read_facts()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{self.folder}: damaged latent data set: {what}") from error
         self.rows = [Row(c[0], "", *c[1:], view) for c, view in zip(cells, views, strict=True)]

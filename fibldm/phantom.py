@@ -6,7 +6,6 @@ pneumonia (Raghu et al. 2022, doi:10.1164/rccm.202202-0399ST): reticulation, gro
 honeycombing that grow to the pleura, to the back and to the base.
 """
 
-import csv
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from fibldm import ct
+from fibldm.tables import write_csv
 
 # Every slice is drawn on this grid and then resized, so that a structure has the same size in the
 # chest at any resolution. Lengths are in units of half the image: x to the patient's left (image
@@ -29,6 +29,7 @@ GRID = 256
 DRAWN = 4 * GRID  # vessels and airways are drawn this fine and reduced, for smooth edges
 AIR, FAT, MUSCLE, BLOOD, LIVER, MARROW, CORTEX = -1000.0, -100.0, 50.0, 42.0, 60.0, 230.0, 620.0
 LEVELS = (0.2, 0.9)  # of the slices in a data set
+COLUMNS = ("image", "contour", "patient_id", "label")  # of label.csv
 
 
 @dataclass(frozen=True)
@@ -472,12 +473,8 @@ def write_dataset(
             Image.fromarray(np.round(hu + 1024).astype(np.uint16)).save(folder / "images" / name)
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "contours" / name)
             label = "fibrosis" if patient % 2 else "normal"
-            rows.append((f"images/{name}", f"contours/{name}", f"P{patient:04d}", label))
+            files = f"images/{name}", f"contours/{name}"
+            rows.append(dict(zip(COLUMNS, (*files, f"P{patient:04d}", label), strict=True)))
     scale = {"rescale_slope": 1.0, "rescale_intercept": -1024.0}
     (folder / "dataset.json").write_text(json.dumps(scale, indent=2) + "\n")
-    partial = folder / "label.csv.partial"
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "contour", "patient_id", "label"))
-        writer.writerows(rows)
-    partial.replace(folder / "label.csv")
+    write_csv(folder / "label.csv", rows, COLUMNS)

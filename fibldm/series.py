@@ -13,7 +13,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 
 from fibldm import arrays, ct, dicom, limits, nifti
 from fibldm.inspection import hu_problem
-from fibldm.tables import SPLITS, read_lines
+from fibldm.tables import SPLITS, read_csv
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
@@ -356,15 +356,15 @@ def _table_series(
     table: Path, top: Path, options: Options, copies: dict[str, Path], left_out: list[LeftOut]
 ) -> tuple[list[Series], set[Path]]:
     """The rows of a label.csv by patient, and the files it names; adds to `left_out`."""
-    lines = [line for _, line in read_lines(table)]
-    header = [name.lower() for name in lines[0]] if lines else []
+    frame = read_csv(table)
+    header = [name.lower() for name in frame.columns]
     if "image" not in header:  # as the stages take it
         header[:2] = ["image", "contour"][: len(header)]
     rescale = options.rescale or ct.read_rescale(table.parent)
     groups: dict[str, list[tuple]] = defaultdict(list)
     used: set[Path] = set()
-    for line in lines[1:]:
-        cells = dict(zip(header, line, strict=False))
+    for line in frame.itertuples(index=False):
+        cells = dict(zip(header, line, strict=True))
         path = table.parent / cells.get("image", "")
         mask = table.parent / cells["contour"] if cells.get("contour") else None
         try:

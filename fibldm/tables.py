@@ -1,17 +1,25 @@
-"""label.csv: which slices and contours there are, of whom, and the split by patient."""
+"""Tables: how all of them are read and written, and label.csv with its split by patient."""
 
-import csv
 import hashlib
+import io
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from fibldm import limits
+from fibldm.disk import replace_text
 
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+RECORD = re.compile(r'(?:[^",]*|"(?:[^"]|"")*")(?:,(?:[^",]*|"(?:[^"]|"")*"))*')
+QUOTE_ALL = 1  # of the csv module, which pandas writes with
 
 
 @dataclass(frozen=True)
@@ -43,19 +51,187 @@ class Row:
     view: int = 0
 
 
+@dataclass(frozen=True)
+class TableProblem:
+    """Something wrong in a table that training refuses, and the lines, files or patients."""
+
+    kind: str
+    names: list[str]
+    message: str
+
+
 def list_some(lines: Sequence[str]) -> str:
+    """The first lines of a list, indented, and how many more there are."""
     shown = "\n  ".join(lines[:SHOWN])
     more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"\n  {shown}{more}"
 
 
-@dataclass(frozen=True)
-class TableProblem:
-    """Something wrong in label.csv that training refuses, and the lines, files or patients."""
+# Any table.
 
-    kind: str
-    names: list[str]
-    message: str
+
+def read_csv(path: str | Path, encoding: str = "utf-8-sig") -> pd.DataFrame:
+    """A CSV file as it stands: every cell a stripped string, columns as the header names them.
+
+    The index is the number of each line in the file. Empty lines are left out. Cells may be quoted
+    and then hold commas, quotes (doubled) and line breaks. Raises ValueError naming the file and
+    its lines: not there, not UTF-8, not separated by commas, lines with fewer or more cells than
+    the header, unbalanced quotes, two columns of one name.
+    """
+    frame, problems = read_cells(path, encoding)
+    if problems:
+        raise ValueError(problems[0].message)
+    return frame
+
+
+def write_csv(
+    path: str | Path, rows: pd.DataFrame | Sequence[Mapping[str, object]], columns: Sequence[str]
+) -> None:
+    """Write a table as UTF-8 whatever the locale, whole or not at all; see `format_csv`."""
+    replace_text(Path(path), format_csv(rows, columns))
+
+
+def format_csv(rows: pd.DataFrame | Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """The text of a table that `read_csv` reads; None and absent cells are empty.
+
+    Raises ValueError where a row has a cell that is in none of the columns.
+    """
+    if not isinstance(rows, pd.DataFrame):
+        unknown = {name for row in rows for name in row} - set(columns)
+        if unknown:
+            raise ValueError(f"cells {sorted(unknown)}, expected columns {list(columns)}")
+        rows = pd.DataFrame(list(rows), columns=list(columns), dtype=object)
+    text = rows.to_csv(columns=list(columns), index=False, lineterminator="\n")
+    if text.count("\n") > len(rows) + 1 or "\r" in text:  # line breaks within cells
+        text = rows.to_csv(
+            columns=list(columns), index=False, lineterminator="\n", quoting=QUOTE_ALL
+        )
+    return text
+
+
+def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
+    """Number and cells of each line, the header too; `read_csv` is what to use."""
+    frame = read_csv(path)
+    return [(0, list(frame.columns)), *zip(frame.index, frame.values.tolist(), strict=True)]
+
+
+def read_cells(
+    path: str | Path, encoding: str = "utf-8-sig"
+) -> tuple[pd.DataFrame, list[TableProblem]]:
+    """`read_csv` that returns lines with fewer or more cells as problems, cut or filled up."""
+    numbers, records = _records(path, _read_text(path, encoding))
+    if not records:
+        raise ValueError(f"{path}: 0 lines; expected a header, and a line for each row")
+    counts = [QUOTED.sub("", record).count(",") + 1 for record in records]
+    text = io.StringIO("\n".join(records))
+    cells = pd.read_csv(text, header=None, names=range(max(counts)), dtype=str, na_filter=False)
+    cells = cells.fillna("").apply(lambda column: column.str.strip())
+    cells.index = numbers
+    header, frame = cells.iloc[0, : counts[0]].tolist(), cells.iloc[1:, : counts[0]]
+    frame.columns = header
+    _require_header(path, header)
+    problems = []
+    for kind, what, found in (
+        ("short lines", "fewer", [n < counts[0] for n in counts]),
+        ("long lines", "more", [n > counts[0] for n in counts]),
+    ):
+        lines = [
+            f"line {number}: {record[:200]}"
+            for number, record, bad in zip(numbers, records, found, strict=True)
+            if bad
+        ]
+        if lines:
+            message = (
+                f"{path}: {len(lines)} lines have {what} cells than the header's {counts[0]}:"
+                + list_some(lines)
+            )
+            problems.append(TableProblem(kind, lines, message))
+    named = [bool(name) or bool((frame.iloc[:, i] != "").any()) for i, name in enumerate(header)]
+    return frame.loc[:, named], problems
+
+
+def _read_text(path: str | Path, encoding: str) -> str:
+    """The text of a table, its lines ended by a line feed alone."""
+    try:
+        limits.require_bytes(path, limits.TEXT)
+        text = Path(path).read_bytes().decode(encoding)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; expected a table") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a CSV text file in UTF-8: {error}") from error
+    if "\0" in text:
+        raise ValueError(f"{path}: not a CSV text file: it holds zero bytes")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _records(path: str | Path, text: str) -> tuple[list[int], list[str]]:
+    """The lines of a table that are not empty, and their numbers; a record with line breaks in
+    its cells has that of its first line. ValueError where quotes are unbalanced.
+    """
+    lines = text.split("\n")
+    whole: Iterable[tuple[int, str]] = enumerate(lines, 1)
+    if '"' in text:
+        whole = _joined(path, lines)
+    found = [(number, record) for number, record in whole if record.strip(', \t"')]
+    return [number for number, _ in found], [record for _, record in found]
+
+
+def _joined(path: str | Path, lines: list[str]) -> list[tuple[int, str]]:
+    """Lines that a quoted cell goes over, as one; ValueError where quotes are unbalanced."""
+    whole: list[tuple[int, str]] = []
+    bad: list[str] = []
+    width = next((QUOTED.sub("", line).count(",") for line in lines if line.strip()), 0)
+    first = None  # of the lines that the open cell goes over
+    for number, line in enumerate(lines, 1):
+        opens = line.count('"') % 2 == 1
+        if first is None and not opens:
+            whole.append((number, line))
+        elif first is None:
+            first = number
+        elif opens:
+            whole.append((first, "\n".join(lines[first - 1 : number])))
+            first = None
+    if first is not None:
+        bad.append(f"line {first}: a quote is opened and never closed: {lines[first - 1]}")
+    for number, record in whole:
+        parts = record.split("\n")
+        # One pair of quotes around what else are whole lines: two that are there by mistake.
+        swallows = len(parts) > 1 and record.count('"') == 2
+        swallows = swallows and all(part.count(",") == width for part in parts)
+        where = (
+            f"line {number}" if len(parts) == 1 else f"lines {number} to {number + len(parts) - 1}"
+        )
+        if swallows or ('"' in record and not RECORD.fullmatch(record)):
+            bad.append(f"{where}: {parts[0]}")
+    if bad:
+        raise ValueError(
+            f"{path}: unbalanced quotes; expected none, or quotes around the whole cell and those "
+            f"in it doubled:{list_some(bad)}"
+        )
+    return whole
+
+
+def _require_header(path: str | Path, header: list[str]) -> None:
+    """ValueError for another separator, and for two columns of one name."""
+    for separator, name in OTHER_SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(
+                f"{path}: cells are separated by {name} ({header[0]!r}), expected commas; save the "
+                "table as comma-separated CSV"
+            )
+    require_one_of_each(path, header)
+
+
+def require_one_of_each(path: str | Path, columns: Sequence[str]) -> None:
+    """ValueError where two columns have one name; those without a name are nobody's."""
+    twice = [name for name, count in Counter(columns).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"{path}: several columns are named {twice[0]!r}, expected one")
+
+
+# label.csv.
 
 
 def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[list[Row], list[str]]:
@@ -69,93 +245,85 @@ def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[li
     return rows, notes
 
 
-def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
-    """The lines of a CSV file that are not empty: their number in the file, their stripped cells.
-
-    Raises ValueError naming the file where it can't be read.
-    """
-    limits.require_bytes(path, limits.TEXT)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV text file in UTF-8: {error}") from error
-    return [(number, line) for number, line in lines if any(line)]
-
-
 def parse_table(
     csv_file: str | Path, root: str | Path, split: Split
 ) -> tuple[list[Row], list[str], list[TableProblem]]:
     """`read_table` that returns all that is wrong beside the rows, which may lack cells and files.
 
-    Raises ValueError where there are no rows: no table, no text, no second column.
+    Raises ValueError where there are no rows: no table, no text, unbalanced quotes, no second
+    column.
     """
-    csv_file, root, notes = Path(csv_file), Path(root), []
-    problems: list[TableProblem] = []
+    csv_file, root = Path(csv_file), Path(root)
     if not csv_file.is_file():
         raise ValueError(f"{csv_file}: no such file; expected a table with columns image,contour")
-    numbered = read_lines(csv_file)
-    lines = [line for _, line in numbered]
-    if len(lines) < 2:
-        raise ValueError(f"{csv_file}: {len(lines)} lines; expected a header and a line a slice")
-
-    # Columns by name, or the first two.
-    header = [name.lower() for name in lines[0]]
-    if len(header) < 2:
-        raise ValueError(
-            f"{csv_file}: 1 column ({lines[0][0]!r}); expected at least two, image and contour"
+    frame, problems = read_cells(csv_file)
+    if not len(frame):
+        raise ValueError(f"{csv_file}: 1 lines; expected a header and a line a slice")
+    frame, notes = label_columns(csv_file, frame)
+    patients = frame["patient_id"].where(frame["patient_id"] != "", frame["image"])
+    given = frame["split"].str.lower()
+    drawn = {patient: split.of(patient) for patient in patients[given == ""].unique()}
+    splits = given.where(given != "", patients.map(drawn))
+    rows = [
+        Row(*cells)
+        for cells in zip(
+            frame["image"], frame["contour"], patients, frame["label"], splits, strict=True
         )
-    column = {name: i for i, name in enumerate(header)}
-    if "image" not in column or "contour" not in column:
-        column |= {"image": 0, "contour": 1}
-        notes.append(f"{csv_file}: columns {lines[0][:2]} are taken as image and contour")
-    short = [f"line {i}: {line}" for i, line in numbered[1:] if len(line) < len(header)]
-    if short:
-        message = (
-            f"{csv_file}: {len(short)} lines have fewer cells than the header's {len(header)}:"
-            + list_some(short)
-        )
-        problems.append(TableProblem("short lines", short, message))
-
-    # Rows, with their files and their split.
-    rows, missing, unknown, outside = [], [], [], []
-    for line in lines[1:]:
-        line = line + [""] * (len(header) - len(line))
-        cells = {name: line[i] for name, i in column.items()}
-        patient = cells.get("patient_id") or cells["image"]
-        part = cells.get("split", "").lower() or split.of(patient)
-        if part not in SPLITS:
-            unknown.append(part)
-        rows.append(Row(cells["image"], cells["contour"], patient, cells.get("label", ""), part))
-        pair = rows[-1].image, rows[-1].contour
-        outside += [name for name in pair if not limits.inside(name)]
-        missing += [n for n in pair if limits.inside(n) and not os.path.isfile(root / n)]
-    if outside:
-        message = (
-            f"{csv_file}: {len(outside)} paths do not stay below {root}, expected paths relative "
-            f"to it without ..:" + list_some([repr(name) for name in outside])
-        )
-        problems.append(TableProblem("paths that leave the folder", outside, message))
+    ]
+    unknown = [name for name in splits if name not in SPLITS]
     if unknown:
         message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"
         problems.append(TableProblem("unknown split", unknown, message))
+    problems += [*check_files(csv_file, root, rows), *check_split(csv_file, rows)]
+    return rows, notes, problems
+
+
+def label_columns(csv_file: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """A table with the columns of label.csv, by name in any case or the first two; and notes.
+
+    Columns that it lacks are empty.
+    """
+    notes, names = [], list(frame.columns)
+    if len(names) < 2:
+        raise ValueError(
+            f"{csv_file}: 1 column ({names[0]!r}); expected at least two, image and contour"
+        )
+    columns = [name.lower() for name in names]
+    require_one_of_each(csv_file, columns)
+    if not {"image", "contour"} <= set(columns):
+        rest = ["" if name in ("image", "contour") else name for name in columns[2:]]
+        columns = ["image", "contour", *rest]
+        notes.append(f"{csv_file}: columns {names[:2]} are taken as image and contour")
+    frame = frame.set_axis(columns, axis=1)
+    if "patient_id" not in columns:
+        notes.append(
+            f"WARNING: {csv_file} has no patient_id column: each row counts as its own patient. If "
+            "a patient has several slices, some land in training and some in validation, and "
+            "held-out numbers will look better than they are."
+        )
+    lacking = {"patient_id", "label", "split"} - set(columns)
+    return frame.assign(**dict.fromkeys(lacking, "")), notes
+
+
+def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProblem]:
+    """Paths that leave the folder, and files that are not there."""
+    names = [name for row in rows for name in (row.image, row.contour)]
+    outside = [repr(name) for name in names if not limits.inside(name)]
+    missing = [n for n in names if limits.inside(n) and not os.path.isfile(root / n)]
+    problems = []
+    if outside:
+        message = (
+            f"{csv_file}: {len(outside)} paths do not stay below {root}, expected paths relative "
+            f"to it without ..:" + list_some(outside)
+        )
+        problems.append(TableProblem("paths that leave the folder", outside, message))
     if missing:
         message = (
             f"{csv_file}: {len(missing)} files are missing below {root} (paths in the table are "
             f"relative to that folder):" + list_some(missing)
         )
         problems.append(TableProblem("missing files", missing, message))
-    problems += check_split(csv_file, rows)
-    if "patient_id" not in column:
-        notes.append(
-            f"WARNING: {csv_file} has no patient_id column: each row counts as its own patient. If "
-            "a patient has several slices, some land in training and some in validation, and "
-            "held-out numbers will look better than they are."
-        )
-    return rows, notes, problems
+    return problems
 
 
 def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:

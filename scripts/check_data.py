@@ -158,6 +158,10 @@ def check_table(rows: list[Row], problems: list[TableProblem]) -> list[Finding]:
     found = []
     meanings = {
         "short lines": "lines of label.csv lack cells: training refuses the table; complete them",
+        "long lines": "lines of label.csv have more cells than its header: training refuses the "
+        "table; quote cells that hold a comma",
+        "paths that leave the folder": "paths are relative to the folder and stay in it, without "
+        "..: training refuses the table",
         "unknown split": f"expected one of {', '.join(SPLITS)} in the split column",
         "missing files": "files that label.csv names are not there (paths are relative to the "
         "folder): training refuses the table",

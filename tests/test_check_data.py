@@ -157,12 +157,13 @@ def test_all_problems_of_the_table_are_told_at_once(data, capsys):
     rows[10]["split"] = "holdout"
     write_rows(data, rows)
     with open(data / "label.csv", "a") as file:
-        file.write("images/short.png\n")
+        file.write("images/short.png\nimages/long.png,,,,,,,,,x\n")
     code, output = check(data, capsys)
     found = flagged(output)
     assert code == 1
     for key, word in {
         "error short lines": "line 74",
+        "error long lines": "line 75",
         "error missing files": rows[70]["image"],
         "error patient in two splits": "P0000",
         "error unknown split": "holdout",

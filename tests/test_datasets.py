@@ -54,161 +54,6 @@ def make_data(root: Path, splits: str = "ttttvvs", slices: int = 2) -> Path:
     return root / "label.csv"
 
 
-def table(root: Path, text: str, split: Split = SPLIT, files: bool = True):
-    """`read_table` of a text, with the files that its first two columns name."""
-    (root / "label.csv").write_text(text)
-    if files:
-        for line in text.splitlines()[1:]:
-            for name in line.split(",")[:2]:
-                (root / name.strip()).touch()
-    return read_table(root / "label.csv", root, split)
-
-
-def patients(count: int, **columns: str) -> str:
-    """label.csv of so many patients with two slices each."""
-    lines = [",".join(["image", "contour", "patient_id", *columns])]
-    for i in range(2 * count):
-        lines.append(",".join([f"{i}.png", f"{i}_c.png", f"p{i // 2}", *columns.values()]))
-    return "\n".join(lines)
-
-
-# The split.
-
-
-def test_split_fractions():
-    parts = [Split(3, 0.2, 0.1).of(f"patient {i}") for i in range(5000)]
-    assert parts.count("val") / 5000 == pytest.approx(0.2, abs=0.02)
-    assert parts.count("test") / 5000 == pytest.approx(0.1, abs=0.02)
-
-
-def test_split_depends_on_seed_and_patient_alone():
-    first, second = Split(0, 0.5, 0.2), Split(1, 0.5, 0.2)
-    names = [f"p{i}" for i in range(200)]
-    assert [first.of(n) for n in names] == [Split(0, 0.5, 0.2).of(n) for n in names]
-    assert [first.of(n) for n in names] != [second.of(n) for n in names]
-    assert Split(0, 0.2, 0.1).of("p0") == "train"  # of all time: SHA-256 of "0:p0"
-
-
-def test_more_patients_reshuffle_nobody(tmp_path):
-    few, _ = table(tmp_path, patients(20))
-    many, _ = table(tmp_path, patients(60))
-    assert [row.split for row in few] == [row.split for row in many[:40]]
-    assert {row.split for row in many} == {"train", "val", "test"}
-
-
-def test_a_patient_is_in_one_split(tmp_path):
-    rows, notes = table(tmp_path, patients(40))
-    for a, b in zip(rows[::2], rows[1::2], strict=True):
-        assert a.patient_id == b.patient_id and a.split == b.split
-    assert notes == []
-
-
-def test_the_split_column_wins(tmp_path):
-    lines = ["a.png,a_c.png,p0,,test", "b.png,b_c.png,p1,,train", "c.png,c_c.png,p2,,VAL"]
-    for split in (Split(0, 0.0, 0.0), Split(1, 1.0, 0.0)):
-        rows, _ = table(tmp_path, "\n".join([HEADER, *lines]), split)
-        assert [row.split for row in rows] == ["test", "train", "val"]
-
-
-def test_without_patient_id_each_row_is_a_patient_and_the_user_is_warned(tmp_path):
-    lines = ["image,contour", *(f"{i}.png,{i}_c.png" for i in range(40))]
-    rows, notes = table(tmp_path, "\n".join(lines))
-    assert [row.patient_id for row in rows] == [f"{i}.png" for i in range(40)]
-    assert len(notes) == 1 and re.search(r"WARNING.*patient_id.*held-out", notes[0])
-
-
-# label.csv.
-
-
-def test_rows_are_read(tmp_path):
-    text = f"{HEADER}\n a.png , a_c.png,p0, fibrosis ,train\n\nb.png,b_c.png,p1,,val\n"
-    rows, notes = table(tmp_path, text)
-    assert rows == [
-        Row("a.png", "a_c.png", "p0", "fibrosis", "train"),
-        Row("b.png", "b_c.png", "p1", "", "val"),
-    ]
-    assert notes == []
-
-
-def test_columns_in_another_order_with_a_byte_order_mark(tmp_path):
-    text = "\ufeffSplit,Contour,patient_id,Image\ntrain,a_c.png,p0,a.png\nval,b_c.png,p1,b.png\n"
-    for name in ("a.png", "a_c.png", "b.png", "b_c.png"):
-        (tmp_path / name).touch()
-    rows, _ = table(tmp_path, text, files=False)
-    assert [row.image for row in rows] == ["a.png", "b.png"]
-    assert [row.contour for row in rows] == ["a_c.png", "b_c.png"]
-    assert [row.split for row in rows] == ["train", "val"]
-
-
-def test_a_byte_order_mark_hides_no_first_column(tmp_path):
-    _, notes = table(tmp_path, "\ufeff" + patients(20))
-    assert notes == []
-
-
-def test_other_names_mean_image_and_contour(tmp_path):
-    text = patients(20).replace("image,contour", "slice_path,mask_path")
-    rows, notes = table(tmp_path, text)
-    assert rows[0].image == "0.png" and rows[0].contour == "0_c.png"
-    assert rows[0].patient_id == "p0"
-    assert len(notes) == 1 and "slice_path" in notes[0] and "mask_path" in notes[0]
-
-
-def test_cells_may_be_quoted(tmp_path):
-    for name in ("a,1.png", "a_c.png", "b.png", "b_c.png"):
-        (tmp_path / name).touch()
-    text = f'{HEADER}\n"a,1.png",a_c.png,p0,"x, y",train\nb.png,b_c.png,p1,,val\n'
-    rows, _ = table(tmp_path, text, files=False)
-    assert rows[0].image == "a,1.png" and rows[0].label == "x, y"
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("", "0 lines"),
-        ("\n\n", "0 lines"),
-        (HEADER + "\n", "1 lines.*header"),
-        ("image\na.png\nb.png\n", "1 column.*image.*contour"),
-        (f"{HEADER}\na.png,a_c.png\n", "1 lines have fewer cells.*5.*line 2.*a_c.png"),
-        (f"{HEADER}\na.png,c.png,p0,,validation\n", "'validation'.*train, val, test"),
-        (f"{HEADER}\na.png,c.png,p0,,train\nb.png,d.png,p0,,val\n", "p0.*train.*val"),
-        (f"{HEADER}\na.png,c.png,p0,,train\nb.png,d.png,p1,,test\n", "2 patients.*val split"),
-        (f"{HEADER}\na.png,c.png,p0,,val\nb.png,d.png,p1,,test\n", "2 patients.*train split"),
-    ],
-)
-def test_bad_tables_are_refused_by_name(tmp_path, text, match):
-    with pytest.raises(ValueError, match=rf"(?s)label\.csv: .*{match}"):
-        table(tmp_path, text)
-
-
-def test_an_empty_image_cell_is_refused(tmp_path):
-    write_pair(tmp_path, "a")
-    text = f"{HEADER}\n,a_c.png,p0,,train\na.png,a_c.png,p1,,val\n"
-    with pytest.raises(ValueError, match=r"label\.csv: 1 files are missing"):
-        table(tmp_path, text, files=False)
-
-
-def test_a_table_that_is_missing_or_no_text_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.csv: no such file"):
-        read_table(tmp_path / "gone.csv", tmp_path, SPLIT)
-    (tmp_path / "label.csv").write_bytes(b"image,contour\n\xff\xfe\xfa,b\n")
-    with pytest.raises(ValueError, match=r"label\.csv: not a CSV"):
-        read_table(tmp_path / "label.csv", tmp_path, SPLIT)
-
-
-@pytest.mark.parametrize("count", [1, 20, 21, 50])
-def test_missing_files_are_listed_20_at_most_and_counted(tmp_path, count):
-    text = patients(50)
-    table(tmp_path, text)
-    for i in range(count):
-        (tmp_path / f"{i}.png").unlink()
-    with pytest.raises(ValueError, match=rf"label\.csv: {count} files are missing") as error:
-        table(tmp_path, text, files=False)
-    message = str(error.value)
-    assert message.count(".png") == min(count, 20)
-    assert "\n  0.png" in message
-    assert (f"and {count - 20} more" in message) == (count > 20)
-
-
 # Slices.
 
 
@@ -559,6 +404,24 @@ def test_damaged_latents_are_refused_by_name(latents, name, damage):
         path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
     with pytest.raises(ValueError, match=re.escape(str(latents[0]))):
         LatentDataset(latents[0])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1252"])
+def test_an_older_manifest_in_the_encoding_of_its_locale(tmp_path, encoding):
+    csv_file, vae_file = make_data(tmp_path / "data"), save_vae(tmp_path / "vae.pth")
+    text = (
+        csv_file.read_text()
+        .replace("healthy", "légère")
+        .replace("fibrosis", "é" if encoding == "latin-1" else "€")
+    )
+    csv_file.write_text(text, "utf-8")
+    encode(tmp_path / "latents", csv_file, vae_file)
+    new, manifest = LatentDataset(tmp_path / "latents"), tmp_path / "latents" / "manifest.csv"
+    lines = manifest.read_text("utf-8").splitlines()
+    older = "".join(line.rsplit(",", 1)[0] + "\r\n" for line in lines)  # without views
+    manifest.write_bytes(older.encode(encoding))
+    assert LatentDataset(tmp_path / "latents").rows == new.rows
+    assert {*new.labels} == {0, 1}
 
 
 def test_changed_images_are_not_taken_for_encoded_ones(latents):

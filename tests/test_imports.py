@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "disease": {"ct", "metrics"},
     "plots": set(),
     "report": {"disk", "metrics"},
-    "tables": {"limits"},
+    "tables": {"disk", "limits"},
     "datasets": {"batches", "ct", "distributed", "tables"},
     "encoding": {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
