@@ -23,8 +23,8 @@ from fibldm.cli import (
 )
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CTDataset, chunks, load_batches, shift_slices
+from fibldm.features import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.losses import structural_loss, view_at
-from fibldm.metrics import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.optim import EMA, Muon, Precision, clip_gradients, learning_rate, optimizer_step
 from fibldm.panels import write_reconstructions
 from fibldm.run import Run

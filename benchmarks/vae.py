@@ -42,9 +42,9 @@ from fibldm.ct import (
 from fibldm.datasets import CTDataset, shift_slices
 from fibldm.disease import noise_power
 from fibldm.disk import replace_text, write_atomically
+from fibldm.features import load_lpips
 from fibldm.layers import ChannelNorm
 from fibldm.lungs import lung_mask
-from fibldm.metrics import load_lpips
 from fibldm.optim import EMA, Muon, Precision
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice

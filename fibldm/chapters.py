@@ -8,7 +8,8 @@ import numpy as np
 
 from fibldm import ct, disease, panels, plots
 from fibldm.evaluation import Copies, Looked, Measured
-from fibldm.metrics import Realism, Score
+from fibldm.features import Networks
+from fibldm.metrics import Score
 from fibldm.privacy import FALSE, FOUND, Match
 from fibldm.report import Picture, Plot, Section, Verdict, judge, number, png_bytes, worst
 
@@ -67,7 +68,7 @@ MEANINGS = {
 }  # fmt: skip
 
 
-def realism_section(realism: Realism, scores: list[Score]) -> Section:
+def realism_section(networks: Networks, scores: list[Score]) -> Section:
     by_name = {score.name: score for score in scores}
     verdicts = [
         judge(by_name[name], higher, squared)
@@ -86,15 +87,15 @@ def realism_section(realism: Realism, scores: list[Score]) -> Section:
         "Do the samples look like slices of patients whom the models have not seen? All slices "
         "are compared at the same size and window."
     )
-    notes = left_out(realism)
+    notes = left_out(networks)
     meanings = {score.name: MEANINGS[score.name] for score in scores}
     return Section("Realism", text, scores, (), notes, (), meanings, verdict)
 
 
-def left_out(realism: Realism) -> list[str]:
+def left_out(networks: Networks) -> list[str]:
     """A sentence for each missing file of weights: the metrics that it costs."""
     names: dict[str, list[str]] = {}
-    for reason in realism.missing.values():
+    for reason in networks.missing.values():
         name, _, rest = reason.partition(" is left out: ")
         names.setdefault(rest, []).append(name)
     return [f"Left out: {', '.join(some)}. {rest}" for rest, some in names.items()]

@@ -1,18 +1,15 @@
-"""What frozen networks see in slices, and how far apart two sets of it are: FID, KID, precision.
+"""How far apart slices are: pairs of them, and sets by what frozen networks see in them.
 
 Nothing here downloads: weights are files that scripts/fetch_metric_weights.py makes.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from fibldm import distributed
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -181,16 +178,85 @@ def load_lpips(device: torch.device) -> PerceptualDistance | None:
     return None if missing_weights(["lpips"]) else PerceptualDistance().to(device)
 
 
-def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982), in float64.
+LEAST_SPREAD = 0.02  # in [-1, 1]; a slice of less is blank, and ratios to it mean nothing
 
-    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu (D,), cov (D, D), singular or not.
+
+def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM (Wang et al. 2004), Gaussian window of sigma 1.5: (N, 1, H, W) in [-1, 1] -> (N,)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11, found {tuple(x.shape[-2:])}")
+    with torch.autocast(x.device.type, enabled=False):
+        ssim = structural_similarity_index_measure(
+            x.float(), y.float(), reduction="none", data_range=2.0
+        )
+    return ssim.reshape(-1)
+
+
+def reconstruction_metrics(
+    x: Tensor, y: Tensor, lpips: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """How well x renders y, image by image: psnr in dB (infinite for equal images), ssim, lpips.
+
+    And what these hide: brightness, the difference of their means; contrast and sharpness, the
+    ratios of standard deviation and of mean gradient, 1 where x is as sharp as y.
+    x, y: (N, 1, H, W) in [-1, 1]. Returns (N,) tensors; `lpips` only if its network is given.
     """
-    mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
-    values, vectors = np.linalg.eigh(cov1)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(min=0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+    x, y = x.float(), y.float()
+    dims = (1, 2, 3)
+    mse = (x - y).square().mean(dim=dims)
+    metrics = {
+        "psnr": 10 * torch.log10(4 / mse),
+        "ssim": ssim_per_image(x, y),
+        "brightness": (x - y).mean(dim=dims),
+        "contrast": x.std(dim=dims) / y.std(dim=dims).clamp(min=LEAST_SPREAD),
+        "sharpness": mean_gradient(x) / mean_gradient(y).clamp(min=LEAST_SPREAD / 10),
+    }
+    if lpips is not None:
+        metrics["lpips"] = lpips(x, y)
+    return metrics
+
+
+def mean_gradient(x: Tensor) -> Tensor:
+    """Mean length of the gradient of images (N, 1, H, W), per pixel -> (N,)."""
+    return torch.hypot(x.diff(dim=2)[..., :-1], x.diff(dim=3)[..., :-1, :]).mean(dim=(1, 2, 3))
+
+
+class Networks:
+    """The frozen networks that the metrics see with, as far as their weights are here.
+
+    `missing` maps each metric that is left out to the reason (`missing_weights`). Several processes
+    that share the work give what any of them lacks. ValueError if a weight file is damaged.
+    """
+
+    def __init__(self, device: torch.device, missing: dict[str, str] | None = None) -> None:
+        self.device = torch.device(device)
+        self.missing = missing_weights() if missing is None else missing
+        self.inception = None if "fid" in self.missing else load_inception(self.device)
+        self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Inception's (N, 2048) on the CPU, of images (N, 1, H, W); (N, 0) without its weights.
+
+        ValueError for images of another shape, or with NaN.
+        """
+        if self.inception is None:
+            return torch.empty(len(to_bytes(images)), 0)
+        return inception_features(self.inception, images, self.device)
+
+    @torch.no_grad()
+    def pairs(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        """SSIM and, where its weights are, LPIPS of pairs of images (N, 1, H, W): (N,) each."""
+        if x.shape != y.shape:
+            raise ValueError(f"no pairs: images of {tuple(x.shape)} and of {tuple(y.shape)}")
+        found: dict[str, list[float]] = {"ssim": [], "lpips": []}
+        for pair in zip(x.split(32), y.split(32), strict=True) if len(x) else ():
+            a, b = (image.to(self.device, torch.float32) for image in pair)
+            found["ssim"] += ssim_per_image(a, b).tolist()
+            if self.lpips is not None:
+                found["lpips"] += self.lpips(a, b).tolist()
+        return {name: np.array(values) for name, values in found.items()}
 
 
 # Distances of sets of features. A set is a tensor or an array on disk, (N, D), read block by block
@@ -237,8 +303,9 @@ def frechet_feature_distance(
     y_counts: Tensor | None = None,
     device: torch.device | None = None,
 ) -> float:
-    """`frechet_distance` of the Gaussians fitted to features x (N, D) and y (M, D), N and M >= 2.
+    """Squared 2-Wasserstein distance of the Gaussians fitted to features x (N, D), y (M, D).
 
+    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) (Dowson & Landau 1982); N and M >= 2.
     With cov1 = A^T A of the smaller set, tr (cov1 cov2)^(1/2) is the sum of the square roots of
     the eigenvalues of A cov2 A^T: N x N instead of D x D, and exact where covariances are singular.
     counts: (N,) and (M,), how often each row counts; once if not given.
@@ -345,33 +412,13 @@ def recalls(
     return precisions(fake, real, fake_counts, real_counts, device)
 
 
-def kernel_distance(real: Tensor, fake: Tensor, subset_size: int, subsets: int = 100) -> float:
-    """KID (Binkowski et al., arXiv 1801.01401) of features (N, D), (M, D): mean over subsets.
-
-    Subsets are drawn by a generator of its own: the same at each call, and no other draw moves.
-    """
-    from torchmetrics.image.kid import poly_mmd
-
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for _ in range(subsets):
-        drawn = [f[torch.randperm(len(f), generator=generator)[:subset_size]] for f in (real, fake)]
-        with torch.autocast(real.device.type, enabled=False):
-            total += float(poly_mmd(*drawn))
-    return total / subsets
-
-
 class RowFile:
-    """Rows of equal shape in a file, so that memory does not grow with them; one file a rank."""
+    """Rows of equal shape in a file, so that memory does not grow with them."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         self.shape: tuple[int, ...] | None = None  # of a row, known from the first
-        self.own.write_bytes(b"")
-
-    @property
-    def own(self) -> Path:
-        return self.path.with_suffix(f".{distributed.rank()}")
+        self.path.write_bytes(b"")
 
     def append(self, rows: Tensor) -> None:
         """Add (n, ...); ValueError if they differ in shape from those before."""
@@ -379,24 +426,12 @@ class RowFile:
         if self.shape not in (None, shape):
             raise ValueError(f"rows of shape {shape} after others of {self.shape}: one size only")
         self.shape = shape
-        with self.own.open("ab") as file:
+        with self.path.open("ab") as file:
             rows.cpu().numpy().astype(self.dtype).tofile(file)
 
-    def gathered(self) -> np.ndarray:
-        """All ranks' rows in the order of the ranks, (N, ...), as a memory map; (0, ...) if none.
-
-        All ranks call this, and the main one may read: the others get their own rows.
-        """
-        shapes = set(distributed.gather(self.shape)) - {None}  # a rank may have added nothing
-        if len(shapes) > 1:
-            raise ValueError(f"{self.path.name}: the ranks have rows of {sorted(shapes)}")
-        shape, path = shapes.pop() if shapes else (0,), self.own
-        if distributed.world_size() > 1 and distributed.is_main():
-            path = self.path.with_suffix(".all")
-            with path.open("wb") as target:
-                for rank in range(distributed.world_size()):
-                    with self.path.with_suffix(f".{rank}").open("rb") as source:
-                        shutil.copyfileobj(source, target)
-        if path.stat().st_size == 0:  # cannot be mapped
+    def rows(self) -> np.ndarray:
+        """All rows (N, ...), as a memory map; (0, ...) if none."""
+        shape = self.shape or (0,)
+        if self.path.stat().st_size == 0:  # cannot be mapped
             return np.zeros((0, *shape), self.dtype)
-        return np.memmap(path, self.dtype, mode="r").reshape(-1, *shape)
+        return np.memmap(self.path, self.dtype, mode="r").reshape(-1, *shape)

@@ -1,34 +1,25 @@
 """How real generated slices look, and whether their lungs are those asked for.
 
-RealismMetrics measures while a model trains, Realism with intervals and baselines for a report.
-Nothing here downloads: a metric whose network weights are absent is left out and named, with the
-command that fetches them (scripts/fetch_metric_weights.py).
+Each score comes with what it takes to believe it: an interval, a baseline, counts and its source.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
-from fibldm import distributed
 from fibldm.features import (
     ALEXNET,
     INCEPTION,
     Features,
+    Networks,
     RowFile,
     frechet_distances,
-    frechet_feature_distance,
-    inception_features,
-    kernel_distance,
     kernel_distances,
-    load_inception,
-    load_lpips,
-    missing_weights,
     precisions,
     recalls,
     to_bytes,
@@ -76,7 +67,7 @@ def resamples(groups: Sequence[str], draws: int, seed: int = 0) -> Iterator[np.n
     """Rows of bootstrap resamples: whole groups with replacement, since slices of one patient
     are no independent evidence."""
     owner = np.unique(np.asarray(groups, str), return_inverse=True)[1]
-    rows = [np.flatnonzero(owner == i) for i in range(owner.max(initial=-1) + 1)]
+    rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     generator = np.random.default_rng(seed)
     for _ in range(draws):
         yield np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
@@ -90,150 +81,6 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-LEAST_SPREAD = 0.02  # in [-1, 1]; a slice of less is blank, and ratios to it mean nothing
-
-
-def ssim_per_image(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM (Wang et al. 2004), Gaussian window of sigma 1.5: (N, 1, H, W) in [-1, 1] -> (N,)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11x11, found {tuple(x.shape[-2:])}")
-    with torch.autocast(x.device.type, enabled=False):
-        ssim = structural_similarity_index_measure(
-            x.float(), y.float(), reduction="none", data_range=2.0
-        )
-    return ssim.reshape(-1)
-
-
-def reconstruction_metrics(
-    x: Tensor, y: Tensor, lpips: nn.Module | None = None
-) -> dict[str, Tensor]:
-    """How well x renders y, image by image: psnr in dB (infinite for equal images), ssim, lpips.
-
-    And what these hide: brightness, the difference of their means; contrast and sharpness, the
-    ratios of standard deviation and of mean gradient, 1 where x is as sharp as y.
-    x, y: (N, 1, H, W) in [-1, 1]. Returns (N,) tensors; `lpips` only if its network is given.
-    """
-    x, y = x.float(), y.float()
-    dims = (1, 2, 3)
-    mse = (x - y).square().mean(dim=dims)
-    metrics = {
-        "psnr": 10 * torch.log10(4 / mse),
-        "ssim": ssim_per_image(x, y),
-        "brightness": (x - y).mean(dim=dims),
-        "contrast": x.std(dim=dims) / y.std(dim=dims).clamp(min=LEAST_SPREAD),
-        "sharpness": mean_gradient(x) / mean_gradient(y).clamp(min=LEAST_SPREAD / 10),
-    }
-    if lpips is not None:
-        metrics["lpips"] = lpips(x, y)
-    return metrics
-
-
-def mean_gradient(x: Tensor) -> Tensor:
-    """Mean length of the gradient of images (N, 1, H, W), per pixel -> (N,)."""
-    return torch.hypot(x.diff(dim=2)[..., :-1], x.diff(dim=3)[..., :-1, :]).mean(dim=(1, 2, 3))
-
-
-def missing_on_a_rank(names: Iterable[str]) -> dict[str, str]:
-    """`missing_weights` of all ranks: a file that one lacks is missing for all, since they take
-    part in the same collectives."""
-    found: dict[str, str] = {}
-    for missing in distributed.gather(missing_weights(names)):
-        found = missing | found
-    return found
-
-
-class RealismMetrics:
-    """FID (arXiv 1706.08500), KID, LPIPS and SSIM of generated slices against real ones.
-
-    Under torchrun each rank gives its own share, of any size, and all get the same result; the
-    constructor and `compute` are to be called by all ranks. Inception's features are kept in main
-    memory (8 KB an image), those of real slices over resets. FID falls with the number of images:
-    compare values of equal n_real and n_fake only. KID does not depend on it; its subsets have
-    min(50, n_real, n_fake) images, kept as `kid_subset_size`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = torch.device(device)
-        self.missing = missing_on_a_rank(["fid", "kid", "lpips", "ssim"])
-        self.inception = None if "fid" in self.missing else load_inception(self.device)
-        self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
-        self.kid_subset_size = 0
-        self._real: list[Tensor] = []
-        self._all_real: Tensor | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the fakes; the real features stay."""
-        self._fake: list[Tensor] = []
-        self._pairs = torch.zeros(3, dtype=torch.float64)  # number, sum of LPIPS, sum of SSIM
-
-    def update_real(self, real: Tensor) -> None:
-        """Add real held-out slices: (N, 1, H, W) in [-1, 1]."""
-        self._real += self._features(real)
-        self._all_real = None
-
-    @torch.no_grad()
-    def update_fake(self, fake: Tensor, paired_real: Tensor | None = None) -> None:
-        """Add samples: (N, 1, H, W) in [-1, 1].
-
-        paired_real: of the same shape, the real slices whose contours steered the samples; gives
-        LPIPS and SSIM of the pairs.
-        """
-        self._fake += self._features(fake)
-        if paired_real is None:
-            return
-        if paired_real.shape != fake.shape:
-            raise ValueError(
-                f"paired_real of shape {tuple(paired_real.shape)}, expected {tuple(fake.shape)}"
-            )
-        for x, y in zip(fake.split(32), paired_real.split(32), strict=True):
-            x, y = (image.to(self.device, torch.float32) for image in (x, y))
-            lpips = self.lpips(x, y).double().sum().item() if self.lpips else 0.0
-            ssim = ssim_per_image(x, y).double().sum().item()
-            self._pairs += torch.tensor([len(x), lpips, ssim], dtype=torch.float64)
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """Inception's features on the CPU, (n, 2048), or (n, 0) without weights."""
-        if self.inception is None:
-            return [torch.empty(len(to_bytes(images)), 0)]
-        return [inception_features(self.inception, images, self.device)]
-
-    def _gathered(self, features: list[Tensor]) -> Tensor:
-        """The features of all ranks, in the order of the ranks."""
-        width = 2048 if self.inception is not None else 0
-        own = torch.cat(features) if features else torch.empty(0, width)
-        return torch.cat(distributed.gather(own))
-
-    @torch.no_grad()
-    def compute(self) -> dict[str, float]:
-        """Of all ranks' images: fid, kid, lpips, ssim, n_real, n_fake.
-
-        A metric is there only if its weights are and its images suffice: two real ones and two
-        fakes for FID and KID, one pair for LPIPS and SSIM.
-        """
-        if distributed.any_rank(self._all_real is None, self.device):
-            self._all_real = self._gathered(self._real)
-        real, fake = self._all_real, self._gathered(self._fake)
-        count, lpips, ssim = sum(distributed.gather(self._pairs)).tolist()
-        result = {"n_real": float(len(real)), "n_fake": float(len(fake))}
-        self.kid_subset_size = min(50, len(real), len(fake))
-        if self.inception is not None and self.kid_subset_size >= 2:
-            # The singular values take seconds on a CPU: one rank computes, all get its numbers.
-            own = {}
-            if distributed.is_main():
-                on_device = real.to(self.device), fake.to(self.device)
-                own["fid"] = frechet_feature_distance(*on_device)
-                own["kid"] = kernel_distance(*on_device, self.kid_subset_size)
-            result |= distributed.gather(own)[0]
-        if count:
-            result["ssim"] = ssim / count
-            if self.lpips is not None:
-                result["lpips"] = lpips / count
-        return result
 
 
 SIDES = ("real", "fake")
@@ -250,6 +97,15 @@ SET_METRICS: dict[str, tuple[SetMetric, int, float, float]] = {  # images needed
     "recall": (recalls, 4, 0.0, 1.0),
 }
 PAIR_METRICS = ("lpips", "ssim", "diversity")
+
+
+def set_distances(
+    real: Features, fake: Features, device: torch.device, names: Sequence[str] = ("fid", "kid")
+) -> dict[str, float]:
+    """Set metrics of features (N, D) and (M, D), without intervals; none of too few images."""
+    enough = [name for name in names if min(len(real), len(fake)) >= SET_METRICS[name][1]]
+    once = torch.ones(1, len(real)), torch.ones(1, len(fake))
+    return {name: float(SET_METRICS[name][0](real, fake, *once, device)[0]) for name in enough}
 
 
 def times_drawn(groups: Sequence[str], draws: int, seed: int) -> Tensor:
@@ -306,9 +162,6 @@ def set_score(
     low, high = moved_interval(value, np.array(drawn)).clip(lowest, highest)
 
     # The baseline, and samples in the same numbers: all but KID depend on those.
-    def once(x: Features, y: Features) -> float:
-        return float(metric(x, y, torch.ones(1, len(x)), torch.ones(1, len(y)), device)[0])
-
     first, second = halves(patients, seed)
     generator = np.random.default_rng(seed)
     second = np.sort(generator.permutation(second)[:m])
@@ -318,10 +171,12 @@ def set_score(
         warnings.append("too few real patients for a baseline")
     else:
         half = real[first]
-        baseline = once(half, real[second])
+        baseline = set_distances(half, real[second], device, [name])[name]
         text = f"baseline of {len(first)} against {len(second)} images"
-        alike = f", where samples have {once(half, fake[some]):.4g}" if name != "kid" else ""
-        warnings.append(text + alike)
+        if name != "kid":
+            alike = set_distances(half, fake[some], device, [name])
+            text += f", where samples have {alike.get(name, np.nan):.4g}"
+        warnings.append(text)
     bounds = float(low), float(high)
     return Score(name, float(value), *bounds, baseline, n, m, source, "; ".join(warnings))
 
@@ -368,20 +223,16 @@ class Realism:
     that from other samples.
 
     Features and images go to files below `folder`: 8 KB and 2 bytes a pixel for each image.
-    Under torchrun each rank adds its share, the folder is one that all see, and all ranks call the
-    constructor and `scores`. ValueError if a weight file is damaged.
+    ValueError if a weight file is damaged.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
-        self.device, folder = torch.device(device), Path(folder)
-        self.missing = missing_on_a_rank([*SET_METRICS, *PAIR_METRICS])
-        self.inception = None if "fid" in self.missing else load_inception(self.device)
-        self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
+        self.networks, folder = Networks(device), Path(folder)
         self.sources = {"ssim": "torchmetrics, Gaussian window of sigma 1.5"}
-        if self.inception is not None:
+        if self.networks.inception is not None:
             source = f"Inception-v3 (torchmetrics), weights {weights_hash(INCEPTION)}"
             self.sources |= dict.fromkeys(SET_METRICS, source)
-        if self.lpips is not None:
+        if self.networks.lpips is not None:
             source = f"AlexNet (lpips 0.1), weights {weights_hash(ALEXNET)}"
             self.sources |= dict.fromkeys(("lpips", "diversity"), source)
         folder.mkdir(parents=True, exist_ok=True)
@@ -405,93 +256,60 @@ class Realism:
 
         paired_real: of the same shape, the real slices whose contours were asked for.
         """
-        if paired_real is not None and paired_real.shape != images.shape:
-            raise ValueError(
-                f"paired_real of shape {tuple(paired_real.shape)}, expected {tuple(images.shape)}"
-            )
+        pairs = {} if paired_real is None else self.networks.pairs(images, paired_real)
         self._add("fake", images, names)
         if paired_real is not None:
             self._paired += [str(name) for name in names]
-            for name, values in self._of_pairs(images, paired_real).items():
-                self._pairs[name] += values.tolist()
+        for name, values in pairs.items():
+            self._pairs[name] += values.tolist()
 
     def _add(self, side: str, images: Tensor, groups: Sequence[str]) -> None:
         if len(groups) != len(images):
             raise ValueError(f"{len(images)} images, {len(groups)} names: expected one for each")
         to_bytes(images)  # raises for images that have no metrics
         self._images[side].append(images[:, 0].float().clamp(-1, 1))
-        if self.inception is not None:
-            self._features[side].append(inception_features(self.inception, images, self.device))
+        self._features[side].append(self.networks.features(images))
         self._groups[side] += [str(group) for group in groups]
 
-    @torch.no_grad()
-    def _of_pairs(self, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
-        """SSIM and, where its weights are, LPIPS of pairs of images (N, 1, H, W): (N,) each."""
-        found: dict[str, list[float]] = {"ssim": [], "lpips": []}
-        for pair in zip(x.split(32), y.split(32), strict=True) if len(x) else ():
-            a, b = (image.to(self.device, torch.float32) for image in pair)
-            found["ssim"] += ssim_per_image(a, b).tolist()
-            if self.lpips is not None:
-                found["lpips"] += self.lpips(a, b).tolist()
-        return {name: np.array(values) for name, values in found.items()}
-
-    @torch.no_grad()
     def scores(self, draws: int = DRAWS, seed: int = 0) -> list[Score]:
-        """A row for each metric whose weights are there, of all ranks' images.
+        """A row for each metric whose weights are there.
 
         With too few images for a number it is NaN, and the warning says how many it takes.
         """
-        gathered = distributed.gather((self._groups, self._pairs, self._paired))
-        groups = {side: list(chain(*(g[side] for g, _, _ in gathered))) for side in SIDES}
-        pairs = {k: np.array(list(chain(*(p[k] for _, p, _ in gathered)))) for k in self._pairs}
-        paired = list(chain(*(names for _, _, names in gathered)))
-        features = {side: self._features[side].gathered() for side in SIDES}
-        images = {side: self._images[side].gathered() for side in SIDES}
+        images = {side: self._images[side].rows() for side in SIDES}
         found: list[Score] = []
-        if distributed.is_main():
-            if self.inception is not None:
-                for name in SET_METRICS:
-                    found.append(
-                        set_score(
-                            name,
-                            *(features[side] for side in SIDES),
-                            *(groups[side] for side in SIDES),
-                            self.device,
-                            self.sources[name],
-                            draws,
-                            seed,
-                        )
-                    )
-            order = np.random.default_rng(seed).permutation(len(images["fake"]))
-            diverse = self._distant(images["fake"], order[0::2], order[1::2])["lpips"]
-            apart = self._distant(images["real"], *halves(groups["real"], seed), seed)
-            measured = {
-                "lpips": (pairs["lpips"], paired, apart["lpips"]),
-                "ssim": (pairs["ssim"], paired, apart["ssim"]),
-                "diversity": (diverse, [str(i) for i in range(len(diverse))], apart["lpips"]),
-            }
-            for name, (values, names, unrelated) in measured.items():
-                if name not in self.missing:
-                    count = len(values)
-                    counts = (
-                        (2 * len(unrelated), 2 * count) if name == "diversity" else (count,) * 2
-                    )
-                    found.append(
-                        pair_score(
-                            name, values, names, unrelated, counts, self.sources[name], draws, seed
-                        )
-                    )
-        return distributed.gather(found)[0]
+        if self.networks.inception is not None:
+            features = [self._features[side].rows() for side in SIDES]
+            groups = [self._groups[side] for side in SIDES]
+            for name in SET_METRICS:
+                how = self.networks.device, self.sources[name], draws, seed
+                found.append(set_score(name, *features, *groups, *how))
+        order = np.random.default_rng(seed).permutation(len(images["fake"]))
+        diverse = self._distant(images["fake"], order[0::2], order[1::2])["lpips"]
+        apart = self._distant(images["real"], *halves(self._groups["real"], seed), seed)
+        own = {name: np.array(values) for name, values in self._pairs.items()}
+        measured = {
+            "lpips": (own["lpips"], self._paired, apart["lpips"]),
+            "ssim": (own["ssim"], self._paired, apart["ssim"]),
+            "diversity": (diverse, [str(i) for i in range(len(diverse))], apart["lpips"]),
+        }
+        for name, (values, names, unrelated) in measured.items():
+            if name not in self.networks.missing:
+                count = len(values)
+                counts = (2 * len(unrelated), 2 * count) if name == "diversity" else (count,) * 2
+                how = counts, self.sources[name], draws, seed
+                found.append(pair_score(name, values, names, unrelated, *how))
+        return found
 
     def _distant(
         self, images: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int = 0
     ) -> dict[str, np.ndarray]:
-        """`_of_pairs` of images (N, H, W) in these rows, shuffled: at most PAIRS pairs."""
+        """`Networks.pairs` of images (N, H, W) in these rows, shuffled: at most PAIRS pairs."""
         generator = np.random.default_rng(seed)
         count = min(len(first), len(second), PAIRS)
         rows = [generator.permutation(half)[:count] for half in (first, second)]
         pair = [torch.from_numpy(images[r].astype(np.float32))[:, None] for r in rows]
-        return self._of_pairs(*pair)
+        return self.networks.pairs(*pair)
 
 
 def filled(mask: np.ndarray, contour: np.ndarray) -> list[np.ndarray]:

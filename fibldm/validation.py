@@ -3,7 +3,7 @@
 import argparse
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from fibldm.cli import fraction, positive
 from fibldm.ct import unit_to_hu
 from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
+from fibldm.features import Networks, missing_weights
 from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
-from fibldm.metrics import RealismMetrics, contour_dice
+from fibldm.metrics import contour_dice, set_distances
 from fibldm.optim import Precision
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy, Rows
@@ -29,6 +30,7 @@ from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
 GRID = 16  # samples in the picture
+REAL_SLICES = 2048  # held-out slices at most, evenly spaced, that samples are compared with
 BATCH = 32
 FOLLOWED = 0.95  # of the Dice that the lungs of real slices have with their own contours
 FEW_SLICES = 20_000  # of training, repeats included: measured, control was not learnt by fewer
@@ -65,16 +67,11 @@ class Validation:
         self.data, self.vae, self.scheduler, self.args = data, vae, scheduler, args
         self.precision, self.device, self.run = precision, precision.device, run
         held = data.indices("val")
-        picked = np.linspace(0, len(held) - 1, min(args.val_samples, len(held))).round()
-        self.rows = [held[int(i)] for i in picked]
+        self.rows = spread(held, args.val_samples)
         self.mine = [self.rows[i] for i in distributed.share(len(self.rows))]
-        self.metrics = RealismMetrics(self.device)
-        for remedy in dict.fromkeys(self.metrics.missing.values()):
+        self.realism = Realism(self.device, self.heldout(spread(held, REAL_SLICES)))
+        for remedy in self.realism.networks.missing.values():
             run.say(remedy)
-        real = [held[i] for i in distributed.share(len(held))]
-        for rows in chunks(real, BATCH):
-            distributed.alive()
-            self.metrics.update_real(data.heldout_images(rows, self.device))
 
         # What the lungs of the real slices have, the contours of others, and how near others are.
         images = data.heldout_images(self.mine, torch.device("cpu"))[:, 0].numpy()
@@ -91,6 +88,12 @@ class Validation:
                     f"{FEW_SLICES} for samples that follow their contours: see val/dice"
                 ]
             )
+
+    def heldout(self, rows: list[int]) -> Iterator[Tensor]:
+        """This rank's share of held-out slices, in batches."""
+        for some in chunks([rows[i] for i in distributed.share(len(rows))], BATCH):
+            distributed.alive()
+            yield self.data.heldout_images(some, self.device)
 
     def measure(self, steer: Steer, run: Run, step: int) -> bool:
         """Loss, samples and their grid, logged as the run's; whether this snapshot is the best."""
@@ -168,7 +171,6 @@ class Validation:
         """Sample for the fixed contours, write the grid, measure realism and contour Dice."""
         images, latents, size = [], [], self.data.image_size
         timesteps = self.scheduler.timesteps(self.args.val_sampling_steps)
-        self.metrics.reset()
         for rows in chunks(self.mine, BATCH):
             distributed.alive()
             x0, contours, labels = self.data.batch(rows, self.device)
@@ -177,7 +179,7 @@ class Validation:
                 z = dpmpp_2m(steer(contours, labels), self.scheduler, noise, timesteps)
             pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
             batch = self.vae.decode(z.float() / LATENT_SCALE, pixels).clamp(-1, 1)
-            self.metrics.update_fake(batch, self.data.heldout_images(rows, self.device))
+            self.realism.add(batch, self.data.heldout_images(rows, self.device))
             images.append(batch[:, 0].cpu().numpy())
             latents.append(z.float().cpu().numpy())
         empty = np.zeros((0, size, size), np.float32)
@@ -188,7 +190,7 @@ class Validation:
         if distributed.is_main():
             with self.run.keep_going(grid):
                 write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
-        values = {**self.metrics.compute(), "dice": float(agreement.mean())}
+        values = {**self.realism.compute(), "dice": float(agreement.mean())}
         return {**values, **self.copying(latents)}
 
     def copying(self, latents: list[np.ndarray]) -> dict[str, float]:
@@ -207,6 +209,62 @@ class Validation:
             "copies": float(everywhere[:, 0].mean()),
             "distance_to_training": float(np.median(everywhere[:, 1])) / max(usual, 1e-12),
         }
+
+
+class Realism:
+    """FID (arXiv 1706.08500), KID, LPIPS and SSIM of samples while a model trains, over all ranks.
+
+    Each rank gives its own share, of any size, and all get the same numbers; all ranks call the
+    constructor and `compute`. Features are kept in main memory: 8 KB an image. FID falls with the
+    number of images: compare values of equal n_real and n_fake only.
+    """
+
+    def __init__(self, device: torch.device, real: Iterable[Tensor]) -> None:
+        """real: batches of this rank's held-out slices (N, 1, H, W) in [-1, 1]."""
+        missing: dict[str, str] = {}  # what one rank lacks: they take part in the same collectives
+        for lacking in distributed.gather(missing_weights(["fid", "kid", "lpips"])):
+            missing = lacking | missing
+        self.networks = Networks(device, missing)
+        self.real = everywhere([self.networks.features(images) for images in real])
+        self._fake: list[Tensor] = []
+        self._pairs: dict[str, list[float]] = {"ssim": [], "lpips": []}
+
+    def add(self, images: Tensor, paired_real: Tensor | None = None) -> None:
+        """Add samples (N, 1, H, W) in [-1, 1], and the slices whose contours they were given."""
+        if paired_real is not None:
+            for name, values in self.networks.pairs(images, paired_real).items():
+                self._pairs[name] += values.tolist()
+        self._fake.append(self.networks.features(images))
+
+    def compute(self) -> dict[str, float]:
+        """fid, kid, lpips, ssim, n_real, n_fake: of the samples since the last call.
+
+        A metric is there only if its weights are and its images suffice.
+        """
+        fake, result = everywhere(self._fake), {}
+        if self.networks.inception is not None and distributed.is_main():
+            # Eigenvalues take seconds on a CPU: one rank computes, all get its numbers.
+            result = set_distances(self.real, fake, self.networks.device)
+        result = distributed.gather(result)[0]
+        result |= {"n_real": float(len(self.real)), "n_fake": float(len(fake))}
+        for name, values in self._pairs.items():
+            together = [value for rank in distributed.gather(values) for value in rank]
+            if together:
+                result[name] = float(np.mean(together))
+            values.clear()
+        self._fake.clear()
+        return result
+
+
+def everywhere(features: list[Tensor]) -> Tensor:
+    """The features of all ranks, in the order of the ranks; (0, 0) of no image."""
+    parts = [part for rank in distributed.gather(features) for part in rank]
+    return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def spread(rows: Sequence[int], most: int) -> list[int]:
+    """At most so many of the rows, evenly spaced."""
+    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()]
 
 
 def read_privacy(data: LatentDataset) -> Privacy | None:

@@ -215,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=output, prefix=".evaluate_") as temporary:
         folder, workers = Path(temporary), Workers(args.num_workers)
         realism = Realism(device, folder / "realism")
-        print("\n".join([*notes, *left_out(realism)]))
+        print("\n".join([*notes, *left_out(realism.networks)]))
 
         # Real slices.
         patients = [table[row].patient_id for row in rows]
@@ -289,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
             private = privacy_section(copies, names, args.draws, args.seed)
         sections = [
             picture_section(pictures, paired, window),
-            realism_section(realism, scores),
+            realism_section(realism.networks, scores),
             control_section(control, control_notes),
             *disease_sections(
                 real, patients, labels, fake, names, fake_labels, args.draws, args.seed

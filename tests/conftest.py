@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,24 @@ def torch_home(folder: Path):
 def without_weights(tmp_path_factory):
     """No metric weights are found: Inception would take most of a tiny run's time."""
     with torch_home(tmp_path_factory.mktemp("torch_home")):
+        yield
+
+
+@pytest.fixture
+def no_sockets(monkeypatch):
+    """Nothing is fetched."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@pytest.fixture
+def no_weights(tmp_path, no_sockets):
+    """No metric weights are found, and none are fetched."""
+    with torch_home(tmp_path):
         yield
 
 

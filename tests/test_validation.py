@@ -1,4 +1,4 @@
-"""What training is told of: contours followed, samples that are copies, a VAE that goes wrong."""
+"""What training is told of: realism, contours, samples that are copies, a VAE that goes wrong."""
 
 import argparse
 import contextlib
@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images import pixel_networks, slices
 
+from fibldm import features, validation
 from fibldm.checkpoint import load_model
 from fibldm.encoding import LatentDataset
+from fibldm.metrics import set_score
 from fibldm.optim import Precision
 from fibldm.phantom import phantom_slice
 from fibldm.scheduler import CosineScheduler
@@ -237,3 +240,93 @@ def test_heldout_latents_reports_the_worst_channel():
     found = heldout_latents(train, (torch.tensor([0.1, 0.0]), torch.tensor([1.1, 1.0])))
     assert found["latent_mean"] == pytest.approx(-0.5)
     assert found["latent_variance"] == pytest.approx(0.25)
+
+
+# Realism, with a stand-in for Inception, so that it is tested without weights too.
+
+
+def realism_of(*real: torch.Tensor) -> validation.Realism:
+    realism = validation.Realism(CPU, real)
+    realism.networks = pixel_networks()
+    realism.networks.lpips = None
+    realism.real = validation.everywhere([realism.networks.features(images) for images in real])
+    return realism
+
+
+def test_real_slices_are_seen_once_and_samples_are_forgotten():
+    real, fake = slices(6, seed=0, size=64), slices(5, seed=1, size=64)
+    realism = realism_of(real[:4], real[4:])
+    realism.add(fake[:2], real[:2])
+    realism.add(fake[2:])
+    first = realism.compute()
+    assert set(first) == {"fid", "kid", "ssim", "n_real", "n_fake"}
+    assert (first["n_real"], first["n_fake"]) == (6, 5)
+    expected = features.reconstruction_metrics(real[:2], fake[:2])["ssim"].mean()
+    assert first["ssim"] == pytest.approx(float(expected), abs=1e-6)
+    realism.add(fake, real[:5])
+    second = realism.compute()
+    assert all(second[name] == first[name] for name in ("fid", "kid"))
+    assert realism.networks.inception.seen == 6 + 5 + 5
+
+
+def test_validation_and_the_report_have_the_same_fid_and_kid():
+    real, fake = slices(40, seed=0, size=64), slices(30, seed=1, size=64)
+    realism = realism_of(real)
+    realism.add(fake)
+    found, networks = realism.compute(), pixel_networks()
+    seen = [networks.features(images) for images in (real, fake)]
+    owners = [[str(i) for i in range(len(images))] for images in (real, fake)]
+    for name in ("fid", "kid"):
+        assert found[name] == set_score(name, *seen, *owners, CPU, "pixels", draws=2).value
+
+
+def test_too_few_images_give_no_number():
+    assert realism_of().compute() == {"n_real": 0, "n_fake": 0}
+    realism = realism_of(slices(4, seed=0, size=64))
+    realism.add(slices(1, seed=1, size=64))
+    assert realism.compute() == {"n_real": 4, "n_fake": 1}
+
+
+def test_without_weights_there_is_ssim():
+    real, fake = slices(3, seed=0, size=64), slices(3, seed=1, size=64)
+    realism = validation.Realism(CPU, [real])
+    assert set(realism.networks.missing) == {"fid", "kid", "lpips"}
+    realism.add(fake[:2], real[:2])
+    assert set(realism.compute()) == {"ssim", "n_real", "n_fake"}
+
+
+def shared_run(rank: int, world: int, folder: str) -> None:
+    """One rank of two, with 5 of 7 real slices and 2 of 6 samples, then with none of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    real, fake, paired = (slices(n, seed=i, size=64) for i, n in enumerate((7, 6, 6)))
+    of_real, of_fake = [slice(0, 5), slice(5, 7)][rank], [slice(0, 2), slice(2, 6)][rank]
+    realism = realism_of(real[of_real])
+    realism.add(fake[of_fake], paired[of_fake])
+    first = realism.compute()
+    if rank == 0:
+        realism.add(fake)
+    torch.save([first, realism.compute()], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # no process leaves while another still talks to it
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    run = torch.multiprocessing.spawn(shared_run, (2, str(tmp_path)), nprocs=2, join=False)
+    for process in run.processes:
+        process.join()
+    files = [tmp_path / f"{rank}.pt" for rank in (0, 1)]
+    if not all(file.is_file() for file in files):
+        run.join()  # raises what went wrong; one that gloo aborts as it leaves did its work
+    found = [torch.load(file, weights_only=True) for file in files]
+    assert found[0] == found[1]
+    real, fake, paired = (slices(n, seed=i, size=64) for i, n in enumerate((7, 6, 6)))
+    realism = realism_of(real)
+    realism.add(fake, paired)
+    alone = realism.compute()
+    assert set(alone) == {"fid", "kid", "ssim", "n_real", "n_fake"}
+    assert found[0][0] == pytest.approx(alone, rel=1e-6)
+    alone.pop("ssim")
+    assert found[0][1] == pytest.approx(alone, rel=1e-6)
