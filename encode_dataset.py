@@ -18,19 +18,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "      --vae_checkpoint ./vae_run_1/vae_best.pth --output_dir ./data/latents_dataset",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--csv_file", default="./data/label.csv", help="table of image, contour, ...")
+    data.add_argument(
+        "--csv_file", default="./data/label.csv", help="the table that the VAE was trained on"
+    )
     data.add_argument("--img_dir", default="./data/", help="folder its paths are relative to")
-    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="from train_vae")
-    data.add_argument("--output_dir", default="./data/latents_dataset", help="appears when whole")
     data.add_argument(
-        "--contour_channels", type=positive, default=1, help="labels that the contours tell apart"
+        "--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="from train_vae.py"
     )
-    data.add_argument("--overwrite", action="store_true", help="replace other latents there")
     data.add_argument(
-        "--batch_size", type=positive, default=32, help="slices a process encodes at once"
+        "--output_dir", default="./data/latents_dataset",
+        help="folder of the latent data set, which appears when it is whole",
+    )  # fmt: skip
+    data.add_argument(
+        "--contour_channels", type=positive, default=1,
+        help="maps of a contour; 1: lung or not; K: contour files hold the labels 0 to K",
+    )  # fmt: skip
+    data.add_argument(
+        "--overwrite", action="store_true", help="replace another latent data set there"
     )
+    data.add_argument(
+        "--batch_size", type=positive, default=32,
+        help="slices encoded at once, over all processes together",
+    )  # fmt: skip
     add_view_options(parser)
-    add_machine_options(parser)
+    add_machine_options(parser, seed=False)
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ from fibldm.checkpoint import load_model, require_equal
 from fibldm.cli import (
     add_machine_options,
     add_training_options,
+    add_validation_options,
     add_view_options,
     fraction,
     make_parser,
@@ -28,7 +29,7 @@ from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
-from fibldm.validation import Validation, add_validation_options
+from fibldm.validation import Validation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,26 +42,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "      --contour_channels 1",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", default="./data", help="folder of the slices; encoded once")
+    data.add_argument("--data_path", default="./data", help="folder of the slices, encoded once")
     data.add_argument("--csv_path", default="label.csv", help="their table, relative to it")
-    data.add_argument("--latent_data_dir", help="slices encoded before, instead of the two above")
-    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="their encoder")
+    data.add_argument(
+        "--latent_data_dir",
+        help="latent data set, from encode_dataset.py, instead of the two above",
+    )  # fmt: skip
+    data.add_argument(
+        "--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="the VAE that encodes them"
+    )
     data.add_argument(
         "--unet_checkpoint", default="./model_runs/ldm_unet_run_1/unet_best.pth",
         help="the U-Net to steer; it stays as it is",
     )  # fmt: skip
     data.add_argument(
-        "--save_dir", default="./model_runs/controlnet_run_1", help="the run's folder"
-    )
+        "--save_dir", default="./model_runs/controlnet_run_1",
+        help="folder of this run; the same command again resumes the run in it",
+    )  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument("--latent_dim", type=positive, help="checked against the data's")
-    model.add_argument("--latent_size", type=positive, help="checked against the data's")
     model.add_argument(
-        "--contour_channels", type=positive, default=1, help="must be the U-Net's and the data's"
+        "--latent_dim", type=positive, help="channels of the latents: checked against the data"
     )
     model.add_argument(
-        "--label_dropout", type=fraction, default=0.1, help="how often the class label is withheld"
-    )
+        "--latent_size", type=positive,
+        help="height and width of the latents: checked against the data",
+    )  # fmt: skip
+    model.add_argument(
+        "--contour_channels", type=positive, default=1,
+        help="maps of a contour, as the U-Net and the data have them; 1: lung or not",
+    )  # fmt: skip
+    parser.rare.add_argument(
+        "--label_dropout", type=fraction, default=0.1,
+        help="share of slices whose class label is withheld in training",
+    )  # fmt: skip
     add_view_options(parser)
     add_validation_options(parser)
     add_training_options(

@@ -13,6 +13,7 @@ from fibldm.checkpoint import load_model
 from fibldm.cli import (
     add_machine_options,
     add_training_options,
+    add_validation_options,
     fraction,
     make_parser,
     positive,
@@ -25,7 +26,7 @@ from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 from fibldm.vae import VAE
-from fibldm.validation import Validation, add_validation_options
+from fibldm.validation import Validation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,32 +37,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "      --save_dir ./model_runs/ldm_unet_run_1 --latent_dim 8 --latent_size 16",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--latent_data_dir", default="./data/latents_dataset", help="encoded slices")
-    data.add_argument("--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="their encoder")
-    data.add_argument("--save_dir", default="./model_runs/ldm_unet_run_1", help="the run's folder")
+    data.add_argument(
+        "--latent_data_dir", default="./data/latents_dataset",
+        help="latent data set, from encode_dataset.py",
+    )  # fmt: skip
+    data.add_argument(
+        "--vae_checkpoint", default="./vae_run_1/vae_best.pth", help="the VAE that encoded it"
+    )
+    data.add_argument(
+        "--save_dir", default="./model_runs/ldm_unet_run_1",
+        help="folder of this run; the same command again resumes the run in it",
+    )  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument("--latent_dim", type=positive, help="checked against the data's")
-    model.add_argument("--latent_size", type=positive, help="checked against the data's")
     model.add_argument(
-        "--channels", type=positive, nargs="+", default=[128, 256, 768],
-        help="width at each resolution; each halves the size",
+        "--latent_dim", type=positive, help="channels of the latents: checked against the data"
+    )
+    model.add_argument(
+        "--latent_size", type=positive,
+        help="height and width of the latents: checked against the data",
     )  # fmt: skip
     model.add_argument(
-        "--blocks", type=positive, nargs="+",
+        "--channels", type=positive, nargs="+", default=[128, 256, 768], metavar="N",
+        help="channels at each resolution; each halves the size of the one before",
+    )  # fmt: skip
+    model.add_argument(
+        "--blocks", type=positive, nargs="+", metavar="N",
         help="blocks at each resolution, or one number for all (default: 1, and 3 at the smallest)",
     )  # fmt: skip
     model.add_argument(
-        "--dropout",
-        type=fraction,
-        default=0.0,
-        help="of features: few patients are learnt by heart",
-    )
-    model.add_argument(
-        "--contour_dropout", type=fraction, default=0.1, help="how often the contour is withheld"
-    )
-    model.add_argument(
-        "--label_dropout", type=fraction, default=0.1, help="how often the class label is withheld"
-    )
+        "--dropout", type=fraction, default=0.0,
+        help="share of features withheld at random; with few patients, 0.1 helps against learning "
+        "them by heart",
+    )  # fmt: skip
+    parser.rare.add_argument(
+        "--contour_dropout", type=fraction, default=0.1,
+        help="share of slices whose contour is withheld in training",
+    )  # fmt: skip
+    parser.rare.add_argument(
+        "--label_dropout", type=fraction, default=0.1,
+        help="share of slices whose class label is withheld in training; guidance needs some",
+    )  # fmt: skip
     add_validation_options(parser)
     add_training_options(
         parser, steps=50_000, batch_size=64, lr=2e-4, warmup_steps=500, ema_decay=0.999,

@@ -15,9 +15,12 @@ from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.cli import (
     add_machine_options,
     add_training_options,
+    add_window_option,
     count,
     fraction,
+    integer,
     make_parser,
+    not_negative,
     positive,
     run_script,
 )
@@ -52,47 +55,66 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--save_dir ./vae_run_1\n  torchrun --nproc_per_node 4 train_vae.py --batch_size 64",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--csv_file", default="./data/label.csv", help="table of image, contour, ...")
+    data.add_argument(
+        "--csv_file", default="./data/label.csv",
+        help="table of image, contour and, where known, patient_id, label, split",
+    )  # fmt: skip
     data.add_argument("--img_dir", default="./data/", help="folder its paths are relative to")
     data.add_argument(
-        "--save_dir", default="./vae_run_1", help="the run's folder; resumed if begun"
+        "--save_dir", default="./vae_run_1",
+        help="folder of this run; the same command again resumes the run in it",
+    )  # fmt: skip
+    add_window_option(data, DEFAULT_WINDOW, "HU that become -1 and 1; values beyond are clipped")
+    data.add_argument(
+        "--val_fraction", type=fraction, default=0.1, help="share of patients for validation"
     )
     data.add_argument(
-        "--window", type=float, nargs=2, default=DEFAULT_WINDOW, metavar=("LOW", "HIGH"),
-        help="HU that become -1 and 1",
-    )  # fmt: skip
-    data.add_argument("--val_fraction", type=fraction, default=0.1, help="of patients")
-    data.add_argument("--test_fraction", type=fraction, default=0.1, help="of patients")
-    data.add_argument("--split_seed", type=int, default=0, help="of the split by patient")
+        "--test_fraction", type=fraction, default=0.1, help="share of patients for the final test"
+    )
     data.add_argument(
-        "--max_shift", type=int, help="pixels that slices are moved by at random in training, at "
-        "most; 0: none; by default what one latent covers, --image_size / --latent_size",
+        "--max_shift", type=not_negative,
+        help="how far slices are moved at random in training, at most, in each direction: a share "
+        "of the side; 0: not at all (default: what one latent covers, 1 / --latent_size)",
     )  # fmt: skip
-    data.add_argument(
+    parser.rare.add_argument(
+        "--split_seed", type=integer, default=0, help="of the split by patient"
+    )
+    parser.rare.add_argument(
         "--max_bad_images", type=count, default=0,
-        help="slices that may turn out to be unreadable; others take their places",
+        help="slices that may be unreadable; others take their places",
     )  # fmt: skip
     model = parser.add_argument_group("model")
-    model.add_argument("--image_size", type=positive, default=256, help="slices are resized to it")
-    model.add_argument("--latent_size", type=positive, default=16, help="must divide --image_size")
+    model.add_argument(
+        "--image_size", type=positive, default=256,
+        help="height and width in pixels to which slices are resized",
+    )  # fmt: skip
+    model.add_argument(
+        "--latent_size", type=positive, default=16,
+        help="height and width of the latent; must divide --image_size",
+    )  # fmt: skip
     model.add_argument("--latent_dim", type=positive, default=8, help="channels of the latent")
     model.add_argument(
-        "--base_channels", type=positive, default=64, help="width at the first level"
+        "--base_channels", type=positive, default=64, help="channels at the first level"
     )
     model.add_argument("--blocks", type=positive, default=2, help="residual blocks a level")
     model.add_argument(
-        "--init_checkpoint", help="vae_best.pth, of the same sizes, whose weights to start from; "
-        "the patients it has seen must not be held out here",
+        "--init_checkpoint", metavar="FILE",
+        help="start from the weights of this vae_best.pth, of the same sizes; it must not have "
+        "been trained on patients that are held out here",
     )  # fmt: skip
-    losses = parser.add_argument_group("losses")
-    losses.add_argument(
-        "--kl_weight", type=float, default=1e-6, help="of KL, summed over a slice's latent"
-    )
-    losses.add_argument(
+    parser.rare.add_argument(
+        "--kl_weight", type=not_negative, default=1e-6,
+        help="weight of the KL divergence, which is summed over a slice's latent",
+    )  # fmt: skip
+    parser.rare.add_argument(
         "--perceptual", choices=("auto", "lpips", "structural", "none"), default="auto",
-        help="auto: LPIPS where its weights are, else gradients and SSIM, which need none",
+        help="perceptual loss; structural: of gradients and SSIM, which needs no weights; auto: "
+        "LPIPS where its weights are found, else structural",
     )  # fmt: skip
-    losses.add_argument("--perceptual_weight", type=float, default=0.1, help="beside L1")
+    parser.rare.add_argument(
+        "--perceptual_weight", type=not_negative, default=0.1,
+        help="weight of the perceptual loss; that of L1 is 1",
+    )  # fmt: skip
     add_training_options(
         parser, steps=20_000, batch_size=16, lr=2e-3, warmup_steps=200, ema_decay=0.999,
         save_interval=500, val_interval=1000,
@@ -103,13 +125,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--image_size {args.image_size} is not a multiple of --latent_size {args.latent_size}"
         )
-    if args.window[0] >= args.window[1]:
-        parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
+    if args.val_fraction + args.test_fraction >= 1:
+        parser.error(
+            f"--val_fraction {args.val_fraction:g} and --test_fraction {args.test_fraction:g}: "
+            "expected less than 1 in all, which leaves patients to train on"
+        )
     if args.max_shift is None:
-        args.max_shift = args.image_size // args.latent_size
-    if not 0 <= args.max_shift < args.image_size:
-        parser.error(f"--max_shift {args.max_shift}: expected 0 to {args.image_size - 1}")
-    args.window = list(args.window)
+        args.max_shift = 1 / args.latent_size
+    if args.max_shift >= 1:
+        parser.error(
+            f"--max_shift {args.max_shift:g}: expected a share of the side, from 0 to below 1, not "
+            f"pixels; {args.max_shift:g} pixels of --image_size {args.image_size} are "
+            f"{args.max_shift / args.image_size:.6g}"
+        )
     return args
 
 
@@ -157,6 +185,7 @@ def main(args: argparse.Namespace) -> None:
     # Data.
     batches = Batches(train_rows, args, progress["step"], progress["bad_images"])
     run.leave_out_images(batches, bad_rows)
+    most_pixels = round(args.max_shift * args.image_size)
     latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
     run.say(
         f"{len(train_rows)} slices to train on, {len(val_rows)} held out for validation; "
@@ -178,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
             positions, batch = batches.positions(part), next(order)
             run.suspect(batch["unreadable"])
             uniform = item_uniform(args.seed, "shift", step, positions, 6)
-            x = shift_slices(batch["image"], uniform[:, :2], args.max_shift)
+            x = shift_slices(batch["image"], uniform[:, :2], most_pixels)
             x = x.to(device, non_blocking=True)
             noise = item_noise(args.seed, "vae", step, positions, latent_shape)
 

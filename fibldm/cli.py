@@ -2,14 +2,17 @@
 
 import argparse
 import errno
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fibldm import distributed
+from fibldm.config import Parser
 from fibldm.optim import SCHEDULES
 
 MISTAKE = 2  # exit code of a user's mistake, or a limit of the machine
@@ -20,50 +23,42 @@ PASSING = {  # errors of a file system that may be well the next time
 }
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and keeps the example at the end as it is written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+# Types of options.
 
 
-def make_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows defaults and ends with an example."""
-    return argparse.ArgumentParser(
-        description=description, epilog=f"example:\n{example}", formatter_class=HelpFormatter
-    )
+def number(kind: type, right: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """An argparse type: int or float, if it is right; `expected` says in words what is."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not right(value):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}")
+        return value
+
+    return convert
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
+positive = number(int, lambda n: n >= 1, "a whole number of at least 1")
+count = number(int, lambda n: n >= 0, "a whole number of at least 0")
+integer = number(int, lambda n: -(2**63) <= n < 2**63, "a whole number of at most 64 bits")
+positive_float = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+finite = number(float, math.isfinite, "a number")
+fraction = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
-def count(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 0")
-    return value
+def worker_count(text: str) -> int:
+    """An argparse type: a number of processes; "auto": the cores that this process may use.
 
-
-def positive_float(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value}; expected a number above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected 0 to 1")
-    return value
+    Processes that torchrun started on the same machine share them.
+    """
+    if text != "auto":
+        return number(int, lambda n: n >= 0, "auto, or a whole number of at least 0")(text)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def duration(text: str) -> float:
@@ -83,90 +78,153 @@ def duration(text: str) -> float:
     return days * 86400.0 + seconds
 
 
-def add_machine_options(parser: argparse.ArgumentParser, workers: bool = True) -> None:
+class Window(argparse.Action):
+    """Two HU, the lower first."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        low, high = values
+        if low >= high:
+            raise argparse.ArgumentError(self, f"{low:g} {high:g}: expected LOW below HIGH")
+        setattr(namespace, self.dest, [low, high])
+
+
+# Options that several stages have.
+
+
+def make_parser(description: str, example: str) -> Parser:
+    """A parser whose --help shows defaults and ends with an example."""
+    return Parser(description=description, epilog=f"example:\n{example}")
+
+
+def add_window_option(group: Any, default: tuple[float, float] | None, help: str) -> None:
+    """--window LOW HIGH, in HU."""
+    group.add_argument(
+        "--window", type=finite, nargs=2, action=Window, metavar=("LOW", "HIGH"), help=help,
+        default=None if default is None else list(default),
+    )  # fmt: skip
+
+
+def add_workers_option(group: Any) -> None:
+    group.add_argument(
+        "--num_workers", type=worker_count, default="auto",
+        help="processes that read files; 0: none beside this one; auto: one a core",
+    )  # fmt: skip
+
+
+def add_machine_options(parser: Parser, workers: bool = True, seed: bool = True) -> None:
     """Options of every stage that say where and how it computes."""
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="take options from a JSON or YAML file, such as the args.json of a run; options on "
+        "the command line win",
+    )  # fmt: skip
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="of the networks; auto: bf16 where the GPU has it, else fp16; fp32 on a CPU",
-    )
-    if workers:
-        group.add_argument(
-            "--num_workers", type=count, default=2, help="processes that decode images"
-        )
-    group.add_argument(
-        "--timeout", type=positive_float, default=30.0,
-        help="minutes without progress after which several processes end, and name who hangs",
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the networks' arithmetic; auto: bf16 on GPUs that have it, fp16 on others, fp32 "
+        "on a CPU",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    if workers:
+        add_workers_option(group)
+    if seed:
+        group.add_argument("--seed", type=integer, default=0, help="of all random numbers")
+    parser.rare.add_argument(
+        "--timeout", type=positive_float, default=30.0,
+        help="minutes without progress after which a stage of several processes ends, and names "
+        "the process that hangs",
+    )  # fmt: skip
 
 
-def add_view_options(parser: argparse.ArgumentParser) -> None:
+def add_view_options(parser: Parser) -> None:
     """Options of the stages that encode slices: see fibldm.datasets.Views."""
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--views", type=positive, default=8,
-        help="encodings of a training slice: the first as it is, the others moved and scaled",
+        help="encodings of each training slice: the first as it is, the others moved and scaled",
     )  # fmt: skip
     group.add_argument(
         "--max_shift", type=fraction, default=0.0625,
-        help="how far a view moves, each way, by whole pixels: a share of the side",
+        help="how far a view is moved at most, in each direction: a share of the side",
     )  # fmt: skip
     group.add_argument(
-        "--max_scale", type=fraction, default=0.05, help="how much larger or smaller a view is"
+        "--max_scale", type=fraction, default=0.05,
+        help="how much larger or smaller a view is at most: a share of its size",
+    )  # fmt: skip
+
+
+def add_validation_options(parser: Parser) -> None:
+    """Options of the two stages that sample while they train."""
+    group = parser.add_argument_group("validation")
+    group.add_argument(
+        "--val_samples", type=positive, default=64, help="held-out contours to sample for"
     )
+    parser.rare.add_argument(
+        "--val_sampling_steps", type=positive, default=20, help="DPM-Solver++ steps of a sample"
+    )
+    parser.rare.add_argument(
+        "--max_copies", type=fraction, default=0.02,
+        help="share of validation samples that may be copies of training slices, that is, nearer "
+        "to one than held-out slices are; a snapshot with more becomes the best only while none "
+        "has fewer",
+    )  # fmt: skip
 
 
-def add_training_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
+def add_training_options(parser: Parser, **defaults: float) -> None:
     """Options of every training script; `defaults` are the script's own."""
-    group = parser.add_argument_group("training")
+    group, rare = parser.add_argument_group("training"), parser.rare
     group.add_argument("--steps", type=positive, help="optimizer steps in all")
     group.add_argument(
-        "--batch_size", type=positive, help="slices a step, over all processes together"
+        "--batch_size", type=positive, help="slices of a step, over all processes together"
     )
     group.add_argument(
-        "--grad_accum", type=positive, default=1, help="parts a process cuts its share into"
-    )
+        "--grad_accum", type=positive, default=1,
+        help="parts that each process cuts its slices of a step into: more need less memory",
+    )  # fmt: skip
     group.add_argument("--lr", type=positive_float, help="learning rate")
-    group.add_argument("--warmup_steps", type=count, help="steps until --lr is reached")
     group.add_argument(
         "--lr_schedule", choices=SCHEDULES, default="constant",
         help="of the learning rate after the warm-up; cosine: falls to 0 at --steps, which is then "
         "fixed; cooldown: constant, then falls to 0 over the last fifth of --steps",
     )  # fmt: skip
     group.add_argument(
-        "--grad_clip", type=positive_float, default=1.0, help="largest gradient norm"
+        "--warmup_steps", type=count, help="steps in which the learning rate rises to --lr"
     )
-    group.add_argument("--ema_decay", type=fraction, help="of the averaged weights")
-    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    group.add_argument("--log_interval", type=positive, default=50, help="steps between log lines")
-    group.add_argument("--save_interval", type=positive, help="steps between writes of last.pth")
     group.add_argument("--val_interval", type=positive, help="steps between validations")
     group.add_argument(
         "--patience", type=count, default=0,
         help="validations in a row without a new best after which training ends; 0: never",
     )  # fmt: skip
     group.add_argument(
-        "--keep_last", type=positive, default=1,
-        help="checkpoints of the whole state: last.pth, and the ones before it as step_*.pth",
-    )  # fmt: skip
-    group.add_argument(
-        "--max_bad_steps", type=positive, default=10,
-        help="steps in a row whose loss or gradient is not finite, after which the run ends; fewer "
-        "are skipped",
-    )  # fmt: skip
-    group.add_argument(
         "--time_limit", type=duration, metavar="TIME",
         help="save and stop after it, with exit code 75: minutes, H:MM:SS or D-HH:MM:SS",
     )  # fmt: skip
-    group.add_argument(
+    rare.add_argument("--ema_decay", type=fraction, help="of the averaged weights")
+    rare.add_argument(
+        "--grad_clip", type=positive_float, default=1.0,
+        help="norm to which larger gradients are scaled down",
+    )  # fmt: skip
+    rare.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    rare.add_argument("--log_interval", type=positive, default=50, help="steps between log lines")
+    rare.add_argument("--save_interval", type=positive, help="steps between writes of last.pth")
+    rare.add_argument(
+        "--keep_last", type=positive, default=1,
+        help="checkpoints of the whole training to keep: last.pth, and those before it as "
+        "step_*.pth",
+    )  # fmt: skip
+    rare.add_argument(
+        "--max_bad_steps", type=positive, default=10,
+        help="steps in a row whose loss or gradient is not finite after which training ends; "
+        "fewer are skipped",
+    )  # fmt: skip
+    rare.add_argument(
         "--no_preflight", action="store_true",
-        help="begin without a trial of one step, one validation and one save at full size",
+        help="begin without a trial of one step, one validation and one save",
     )  # fmt: skip
     parser.set_defaults(**defaults)
+
+
+# How a script ends.
 
 
 def run_script(main, parse_args) -> None:

@@ -236,37 +236,39 @@ def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
     """Batches of a dataset in the order given; `workers` processes decode ahead of their use.
 
-    They hand them over in shared memory. Where there is none, or too little, this process decodes,
-    and says so; what is decoded is the same.
+    They hand them over in shared memory. Where there is too little, fewer do, or this process
+    alone, and it says so; what is decoded is the same.
     """
     if workers:
         size = getattr(batches, "size", None) or max(map(len, batches), default=0)
         item = sum(value.nbytes for value in dataset[0].values())
-        problem = shared_memory_problem(2 * workers * size * item)  # each has two batches under way
-        if problem:
-            workers = 0
-            if distributed.is_main():
-                print(f"WARNING: no processes decode images (--num_workers 0): {problem}")
+        fitting, problem = fitting_workers(workers, 2 * size * item)  # two batches under way each
+        if problem and distributed.is_main():
+            print(
+                f"WARNING: {fitting} processes decode images, not {workers} "
+                f"(--num_workers {fitting}): {problem}"
+            )
+        workers = fitting
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals
     )
 
 
-def shared_memory_problem(needed: int) -> str | None:
-    """Why `needed` bytes can't go from one process to another in shared memory; None: they can."""
+def fitting_workers(workers: int, needed: int) -> tuple[int, str | None]:
+    """How many of these processes find `needed` bytes of shared memory each; why not all do."""
     try:
         multiprocessing.get_context().Lock()
         torch.zeros(1).share_memory_()
     except (OSError, RuntimeError, ImportError) as error:
-        return f"there is no shared memory: {str(error).splitlines()[0]}"
+        return 0, f"there is no shared memory: {str(error).splitlines()[0]}"
     if not os.path.isdir(SHARED_MEMORY):
-        return None
+        return workers, None
     free = shutil.disk_usage(SHARED_MEMORY).free
-    if free >= needed:
-        return None
-    return (
-        f"{free / 2**20:.0f} MiB are free in {SHARED_MEMORY}, the batches under way need "
-        f"{needed / 2**20:.0f}; give it more (docker run --shm-size), or lower --num_workers"
+    if free >= workers * needed:
+        return workers, None
+    return free // needed, (
+        f"{free / 2**20:.0f} MiB are free in {SHARED_MEMORY}, and each needs "
+        f"{needed / 2**20:.0f}; give it more (docker run --shm-size)"
     )
 
 

@@ -22,6 +22,7 @@ from fibldm import distributed, limits
 from fibldm.batches import Batches, part_size
 from fibldm.checkpoint import Stateful, environment, load_training, save_model, save_training
 from fibldm.cli import STOPPED
+from fibldm.config import modernized
 from fibldm.disk import TEMPORARY, keep, replace_text
 from fibldm.journal import Journal
 
@@ -33,7 +34,6 @@ FREE_OPTIONS = {
     *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
     *("keep_last", "max_bad_steps", "max_bad_images", "no_preflight", "environment"),
 }
-BEFORE = {"lr_schedule": "constant"}  # what options were before they could be given
 FREED = 20.0  # seconds in which the last processes of a killed run end
 _HELD: dict[Path, TextIO] = {}  # folders that this process trains in
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -69,8 +69,8 @@ class Run:
         self.settings = json.loads(json.dumps(vars(args))) | {"environment": environment()}
         trained = any(self.folder.glob("*.pth"))
         if file.is_file() and trained:
-            before = BEFORE | read_settings(file)
-            fixed = {"steps"} if before["lr_schedule"] != "constant" else set()
+            before = modernized(read_settings(file))
+            fixed = {"steps"} if before.get("lr_schedule") != "constant" else set()
             names = sorted((before.keys() | self.settings.keys()) - (FREE_OPTIONS - fixed))
             changed = [
                 f"--{name} was {before.get(name)}, is {self.settings.get(name)}"

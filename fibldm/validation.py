@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fibldm import distributed
 from fibldm.batches import item_noise
-from fibldm.cli import fraction, positive
 from fibldm.ct import unit_to_hu
 from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
@@ -37,19 +36,6 @@ FEW_SLICES = 20_000  # of training, repeats included: measured, control was not 
 SEED = 0  # of validation's noise: the same in all runs, so that they can be compared
 
 Steer = Callable[[Tensor, Tensor], Denoiser]  # contours (N, K, H, W), labels (N,) -> denoiser
-
-
-def add_validation_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("validation")
-    group.add_argument(
-        "--val_samples", type=positive, default=64, help="held-out contours to sample for"
-    )
-    group.add_argument("--val_sampling_steps", type=positive, default=20, help="DPM-Solver++ steps")
-    group.add_argument(
-        "--max_copies", type=fraction, default=0.02,
-        help="share of samples nearer to a training slice than held-out ones are: a snapshot with "
-        "more is not kept as the best while there is one with fewer",
-    )  # fmt: skip
 
 
 class Validation:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import ct, inspection, panels
-from fibldm.cli import fraction, make_parser, positive, run_script
+from fibldm.cli import add_workers_option, fraction, make_parser, positive, run_script
 from fibldm.tables import SPLITS, Row, Split, TableProblem, parse_table
 
 SHOWN, CELLS = 5, 64  # problems of a kind that are printed; slices on the contact sheet
@@ -45,13 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test_fraction", type=fraction, default=0.1, help="of patients, as train_vae.py has it")
     add("--split_seed", type=int, default=0, help="as train_vae.py has it")
     add("--contact_sheet", type=Path, help="PNG to write; contact_sheet.png in the folder if unset")
-    add("--num_workers", type=int, default=2, help="processes that read slices; 0: this one")
+    add_workers_option(parser)
     add("--all", action="store_true", help=f"list all rows of each problem, not the first {SHOWN}")
     args = parser.parse_args(argv)
     if args.window[0] >= args.window[1]:
         parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
-    if args.num_workers < 0:
-        parser.error(f"--num_workers {args.num_workers}: expected 0 or more")
     args.window = tuple(args.window)
     args.csv_file = args.csv_file or args.data / "label.csv"
     args.img_dir = args.img_dir or args.data

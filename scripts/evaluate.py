@@ -31,7 +31,7 @@ from fibldm.chapters import (
     realism_section,
 )
 from fibldm.checkpoint import load_model, require_equal
-from fibldm.cli import fraction, make_parser, positive, run_script
+from fibldm.cli import add_workers_option, fraction, make_parser, positive, run_script
 from fibldm.datasets import CTDataset
 from fibldm.disk import file_hash, replace_text
 from fibldm.evaluation import Copies, Measured, Reader, Workers, batches, spread, stack
@@ -84,13 +84,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of the metrics' networks, as fetch_metric_weights.py wrote it (unset: "
         "TORCH_HOME)",
     )  # fmt: skip
-    add("--num_workers", type=int, default=2, help="processes that read slices; 0: this one")
+    add_workers_option(parser)
     add("--date", default=date.today().isoformat(), help="that the report shows")
     args = parser.parse_args(argv)
     if args.window is not None and args.window[0] >= args.window[1]:
         parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
-    if args.num_workers < 0:
-        parser.error(f"--num_workers {args.num_workers}: expected 0 or more")
     return args
 
 

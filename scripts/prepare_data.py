@@ -29,7 +29,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from fibldm import ct, dicom, disk
-from fibldm.cli import fraction, make_parser, positive, positive_float, run_script
+from fibldm.cli import (
+    add_workers_option,
+    fraction,
+    make_parser,
+    positive,
+    positive_float,
+    run_script,
+)
 from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.series import LeftOut, Options, Series, find_series, read_series
@@ -105,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--report", type=Path,
         help="table of all that is left out, with file names (default: OUTPUT_DIR.left_out.csv)",
     )  # fmt: skip
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add_workers_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="make the data set anew")
     args = parser.parse_args(argv)
     args.output_dir = Path(os.path.abspath(args.output_dir))

@@ -10,8 +10,69 @@ import torch
 from conftest import ROOT
 from conftest import training_options as options
 
-from fibldm import distributed
+import train_vae
+from fibldm import cli, distributed
 from fibldm.cli import STOPPED, duration, out_of_memory, run_script
+
+INF = ("nan", "inf", "-inf", "1e999")
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong", "expected"),
+    [
+        (cli.positive, ("1", "70"), ("0", "-1", "1.5", "x", ""), "whole number of at least 1"),
+        (cli.count, ("0", "3"), ("-1", "2.0", "nan"), "whole number of at least 0"),
+        (cli.integer, ("0", "-3"), ("1.5", str(2**63)), "at most 64 bits"),
+        (cli.positive_float, ("1e-9",), ("0", "-1", *INF), "a number above 0"),
+        (cli.not_negative, ("0", "1e-6"), ("-1e-9", *INF), "a number of at least 0"),
+        (cli.finite, ("-1000", "0"), (*INF, "x"), "a number"),
+        (cli.fraction, ("0", "1"), ("1.01", "-0.1", *INF), "a number from 0 to 1"),
+        (cli.worker_count, ("0", "5"), ("-1", "many"), "auto, or a whole number of at least 0"),
+    ],
+)
+def test_types_say_what_they_expect(kind, right, wrong, expected):
+    assert [kind(text) for text in right] == [float(text) for text in right]
+    for text in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}'; expected .*{expected}"):
+            kind(text)
+
+
+def test_a_shift_in_pixels_is_told_in_its_unit(capsys):
+    assert train_vae.parse_args([]).max_shift == 1 / 16
+    assert train_vae.parse_args(["--latent_size", "8"]).max_shift == 1 / 8
+    for pixels, share in (("16", "0.0625"), ("1", "0.00390625")):
+        with pytest.raises(SystemExit):
+            train_vae.parse_args(["--max_shift", pixels])
+        said = capsys.readouterr().err
+        assert "a share of the side" in said and "not pixels" in said
+        assert f"{pixels} pixels of --image_size 256 are {share}" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--warmup_steps -1", "--patience -1", "--num_workers -1", "--kl_weight -1"),
+        *("--kl_weight nan", "--perceptual_weight inf", "--window nan 400", "--window 400 -1000"),
+        *("--val_fraction 0.6 --test_fraction 0.4", "--seed 1e3", "--split_seed 0.5"),
+        *("--lr inf", "--ema_decay 1.1", "--max_shift -0.1", "--time_limit -5"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_vae.parse_args(words.split())
+    assert ended.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_auto_is_the_cores_that_a_process_has(monkeypatch):
+    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cli.worker_count("auto") == 12
+    for processes, expected in ((4, 3), (5, 2), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert cli.worker_count("auto") == expected
+    monkeypatch.delattr(cli.os, "sched_getaffinity")
+    monkeypatch.setattr(cli.os, "cpu_count", lambda: None)
+    assert cli.worker_count("auto") == 1
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fibldm import ct
+from fibldm import ct, datasets
 from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.checkpoint import load, save, save_model
-from fibldm.datasets import CTDataset, Views, ahead, shift_slices
+from fibldm.datasets import CTDataset, Views, ahead, load_batches, shift_slices
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset, encode_csv, training_batches, write_latents
 from fibldm.tables import Row, Split, read_table
@@ -613,3 +613,14 @@ def test_what_takes_the_place_of_an_unreadable_slice_is_of_the_same_split(phanto
         data(1)[0]
     with pytest.raises(ValueError, match="2 of 24 rows are bad"):
         data(1).check()
+
+
+def test_processes_for_which_shared_memory_has_no_room_are_not_started(monkeypatch, capsys):
+    items, batches = [{"x": torch.zeros(2**20)}] * 8, [[0, 1], [2, 3]]  # 16 MiB a process
+    usage = datasets.shutil.disk_usage("/")
+    for free, used in ((2**30, 4), (40 * 2**20, 2), (2**20, 0)):
+        now = usage._replace(free=free)
+        monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _, now=now: now)
+        assert load_batches(items, batches, 4).num_workers == used
+        said = capsys.readouterr().out
+        assert (f"{used} processes decode images, not 4" in said) is (used != 4)

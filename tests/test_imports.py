@@ -55,8 +55,9 @@ MAY_IMPORT = {
         "report",
     },
     "batches": {"distributed"},
-    "cli": {"distributed", "optim"},
-    "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "limits"},
+    "config": set(),
+    "cli": {"config", "distributed", "optim"},
+    "run": {"batches", "checkpoint", "cli", "config", "disk", "distributed", "journal", "limits"},
 }
 
 

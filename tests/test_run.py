@@ -150,6 +150,14 @@ def test_a_run_from_before_there_were_schedules_goes_on(tmp_path):
     assert logged(tmp_path / "run") == [1, 2, 3]
 
 
+def test_a_run_whose_shift_was_in_pixels_goes_on(tmp_path):
+    train(*begin(tmp_path / "run", steps=2, max_shift=6, image_size=96))
+    with pytest.raises(ValueError, match=r"--max_shift was 0.0625, is 0.125"):
+        begin(tmp_path / "run", steps=2, max_shift=0.125, image_size=96)
+    train(*begin(tmp_path / "run", steps=3, max_shift=1 / 16, image_size=96))
+    assert logged(tmp_path / "run") == [1, 2, 3]
+
+
 def test_free_options_may_change(tmp_path):
     free = {name: 1 for name in FREE_OPTIONS if name != "save_dir"}
     train(*begin(tmp_path / "run", **{**free, "steps": 2}))
