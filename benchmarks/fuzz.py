@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm import arrays, checkpoint, ct, dicom, disk, export, tables
+from fibldm import checkpoint, ct, dicom, disk, export, tables, volumes
 from fibldm.encoding import LatentDataset
 from fibldm.run import read_settings
 from fibldm.tables import SPLITS, Row, Split
@@ -165,7 +165,7 @@ def read_dicom(path: Path) -> None:
 
 
 def read_array(path: Path) -> None:
-    assert arrays.read(path).ndim == 3
+    assert volumes.read_volume(path).values.ndim == 3
 
 
 def read_checkpoint(path: Path) -> None:

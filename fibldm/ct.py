@@ -7,11 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import tifffile
-from PIL import Image
 from scipy import ndimage, sparse
 
-from fibldm import dicom, disk, limits, nifti
+from fibldm import dicom, disk, limits, volumes
 
 Window = tuple[float, float]
 AIR = dicom.AIR
@@ -22,7 +20,6 @@ SCALE_REMEDY = (
 )
 STYLES = ("filled", "outline")  # of contours
 PNG_LEVELS = 65535  # of the PNG files that are written, above 0
-PICTURES = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # none that runs programs, as EPS
 LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
 PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
 
@@ -100,53 +97,23 @@ def write_dataset_info(folder: Path, info: DatasetInfo) -> None:
     disk.replace_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 
-def _decode(path: Path) -> tuple[np.ndarray, bool]:
-    """Stored values (H, W) or (H, W, channels), and whether they already are HU."""
-    name = path.name.lower()
-    if name.endswith(".npy"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # no larger than the file
-        limits.require_values(path, array.shape, limits.SLICE)
-        return np.array(array), False
-    if name.endswith((".nii", ".nii.gz")):
-        volume = nifti.read_volume(path, limits.SLICE)
-        if volume.heights is None:  # as it is stored, its first axis as columns
-            return np.squeeze(volume.values).T, True
-        shape = volume.values.shape
-        if shape[0] > 1 and 1 in shape:
-            raise ValueError(f"one slice, but not an axial one: {shape} from head to feet")
-        return volume.values[0] if shape[0] == 1 else volume.values, True
-    if name.endswith((".dcm", ".dicom")):
-        return dicom.read_frame(dicom.read_file(path)), True
-    if name.endswith((".tif", ".tiff")):
-        with tifffile.TiffFile(path) as file:
-            limits.require_tiff(path, file, limits.SLICE)
-            return file.asarray(), False
-    with limits.Bounded(path) as file, Image.open(file, formats=PICTURES) as image:
-        limits.require_values(path, image.size, limits.SLICE)
-        if image.mode in ("P", "PA"):  # a palette may be of colours
-            image = image.convert("RGB")
-        elif image.mode in ("1", "LA"):
-            image = image.convert("L")
-        return np.asarray(image), False
-
-
 def decode(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Stored values of an image file, and whether they already are HU (DICOM, NIfTI).
+    """Stored values (H, W) or (H, W, channels) of a file that label.csv names, and whether they
+    already are HU (DICOM, NIfTI).
 
+    DICOM, and NIfTI without orientation, are as stored; a NIfTI slice with one is turned upright.
     Raises ValueError naming the file where it is missing or can't be decoded.
     """
-    path = Path(path)
-    try:
-        array, is_hu = _decode(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{path}: cannot be decoded as an image: {error}") from error
-    if array.size == 0 or array.dtype.kind not in "buif":
-        raise ValueError(
-            f"{path}: expected a 2D array of numbers, found {array.dtype} {array.shape}"
-        )
-    return array, is_hu
+    volume = volumes.decode(Path(path), most=limits.SLICE)
+    values = volume.values
+    if volume.kind != "nifti":
+        return values, volume.is_hu
+    if volume.heights is None:  # its first axis as columns
+        return np.squeeze(values).T, True
+    if len(values) > 1 and 1 in values.shape:
+        shape = values.shape
+        raise ValueError(f"{path}: one slice, but not an axial one: {shape} from head to feet")
+    return values[0] if len(values) == 1 else values, True
 
 
 def read_hu(
@@ -159,20 +126,11 @@ def read_hu(
     values as HU. Unsigned 16-bit values without it raise ValueError: their HU is anyone's guess.
     """
     array, is_hu = decode(path)
-    array = grey_levels(array, path)
+    if array.ndim == 3 and array.shape[2] in (3, 4):
+        array = volumes.grey_levels(array, path)
     if array.ndim != 2:
         raise ValueError(f"{path}: expected one 2D slice, found an array of shape {array.shape}")
     return scale_to_hu(array, path, (1.0, 0.0) if is_hu else rescale, window)
-
-
-def grey_levels(array: np.ndarray, path: str | Path) -> np.ndarray:
-    """A picture (H, W, 3 or 4) as (H, W); ValueError where it has colours. Others as they are."""
-    if array.ndim != 3 or array.shape[2] not in (3, 4):
-        return array
-    rgb = array[..., :3]
-    if not (rgb == rgb[..., :1]).all():
-        raise ValueError(f"{path}: a colour image, expected grey levels")
-    return rgb[..., 0]
 
 
 def scale_to_hu(

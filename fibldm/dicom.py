@@ -32,9 +32,14 @@ class _Deflatable(limits.Bounded):
 
 
 def read_file(path: Path, **options: Any) -> pydicom.Dataset:
-    """`pydicom.dcmread`; ValueError where a deflated file would fill the memory."""
+    """`pydicom.dcmread`, of files that lack a header, too; ValueError where a deflated one would
+    fill the memory.
+    """
     with _Deflatable(path) as file:
-        return pydicom.dcmread(file, **options)
+        dataset = pydicom.dcmread(file, force=True, **options)
+    if "TransferSyntaxUID" not in dataset.file_meta:  # DICOM's default
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    return dataset
 
 
 def group(dataset: pydicom.Dataset, name: str, frame: int) -> pydicom.Dataset:
@@ -163,9 +168,7 @@ _HEADER_TAGS = (
 def read_headers(path: Path) -> list[Header]:
     """The slices of a DICOM file; ValueError where it is none or can't be read."""
     try:
-        dataset = read_file(
-            path, stop_before_pixels=True, force=True, specific_tags=list(_HEADER_TAGS)
-        )
+        dataset = read_file(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
         if "SOPClassUID" not in dataset and "Modality" not in dataset:
             if "DirectoryRecordSequence" in dataset:
                 raise ValueError("a DICOMDIR, the index of a folder")

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from pydicom.uid import ImplicitVRLittleEndian
 
-from fibldm import arrays, ct, dicom, limits, nifti
+from fibldm import ct, dicom, limits, volumes
 from fibldm.inspection import hu_problem
 from fibldm.tables import SPLITS, read_csv
 
@@ -123,7 +122,9 @@ def find_series(
         if path.resolve() in taken:
             continue
         try:
-            kind = arrays.kind_of(path)
+            kind = volumes.kind_of(path)
+            if kind == "jpeg":
+                raise ValueError(f"{path}: a JPEG picture, whose HU are lost")
         except ValueError as error:
             left_out.append(_left_out(error, path))
             continue
@@ -296,7 +297,7 @@ def _dicom_masks(
     own = {h.path: masks.pop((h.path.parent, stem(h.path)), None) for h in headers}
     folder = headers[0].path.parent
     whole = [
-        key for key, path in masks.items() if key[0] == folder and arrays.kind_of(path) == "nifti"
+        key for key, path in masks.items() if key[0] == folder and volumes.kind_of(path) == "nifti"
     ]
     if not any(own.values()) and len(whole) == 1:
         own = dict.fromkeys(own, masks.pop(whole[0]))
@@ -312,14 +313,14 @@ def _array_series(
 ) -> Iterator[Series]:
     """Volume files, each a series, and 2D files by folder and patient; adds to `left_out`."""
     flat: dict[tuple[Path, str], list[tuple]] = defaultdict(list)
-    volumes: list[tuple] = []
+    deep: list[tuple] = []
     for path, top in files:
         try:
-            is_volume = arrays.dimensions(path, options.variable) == 3
+            is_volume = volumes.dimensions(path, options.variable) == 3
             inside = path.parent.relative_to(top)
             folder = str(inside) if inside.parts else top.name
             rescale = None
-            if arrays.kind_of(path) != "nifti":
+            if volumes.kind_of(path) != "nifti":
                 rescale = _scale(path, top, options)
             mask = masks.pop((path.parent, stem(path)), None)
             content, of_mask = identify(path), identify(mask) if mask else None
@@ -334,13 +335,13 @@ def _array_series(
         source = Source(path, None, mask, rescale)
         item = source, content, _hash(content, of_mask, rescale)
         if is_volume:
-            volumes.append((*item, patient, folder))
+            deep.append((*item, patient, folder))
         else:
             flat[path.parent, patient].append(item)
 
     # A volume is named by its file, or by its folder where several have that name.
-    names = Counter(stem(source.path) for source, *_ in volumes)
-    for source, content, facts, patient, folder in volumes:
+    names = Counter(stem(source.path) for source, *_ in deep)
+    for source, content, facts, patient, folder in deep:
         name = stem(source.path)
         patient = patient or (name if names[name] == 1 else folder)
         place = str(source.path)
@@ -440,19 +441,14 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     header = source.header
     try:
         if opened.get("path") != source.path:
-            file = dicom.read_file(source.path, force=True)
-            if (
-                "TransferSyntaxUID" not in file.file_meta
-            ):  # a file without header is in DICOM's default
-                file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-            opened |= {"path": source.path, "file": file}
+            opened |= {"path": source.path, "file": dicom.read_file(source.path)}
         hu = dicom.read_frame(opened["file"], header.frame)
     except Exception as error:  # decoders raise anything on damaged files
         raise ValueError(f"{source.path}: {error}") from error
     hu, mask = dicom.upright(hu, header.orientation), None
-    if source.mask is not None and arrays.kind_of(source.mask) == "nifti":
+    if source.mask is not None and volumes.kind_of(source.mask) == "nifti":
         if opened.get("mask") != source.mask:
-            opened |= {"mask": source.mask, "volume": nifti.read_volume(source.mask)}
+            opened |= {"mask": source.mask, "volume": volumes.decode(source.mask)}
         mask = _at_slice(source.mask, opened["volume"], header)
     elif source.mask is not None:
         mask = dicom.upright(ct.read_contour(source.mask)[0], header.orientation)
@@ -462,7 +458,7 @@ def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
     return Slice(header.where, hu, spacing, header.height, mask, source)
 
 
-def _at_slice(path: Path, mask: nifti.Volume, header: dicom.Header) -> np.ndarray:
+def _at_slice(path: Path, mask: volumes.Volume, header: dicom.Header) -> np.ndarray:
     """The slice of a mask's volume where a DICOM slice lies, bool (H, W)."""
     if mask.heights is None:
         raise ValueError(f"{path}: its header has no orientation, expected one")
@@ -483,30 +479,30 @@ def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
 
 def _read_picture(source: Source, kind: str, options: Options) -> Slice:
     """A 2D file and its mask. Those of a table are read as the stages read them."""
-    mask, volume = None, nifti.Volume(np.empty(0))
+    mask = height = None
+    spacing = (source.spacing, source.spacing) if source.spacing else None
     if kind == "table":
         hu = ct.read_hu(source.path, source.rescale, options.window)
         if source.mask is not None:
             mask = ct.read_contour(source.mask)[0]
     else:
-        volume = _load(source.path, source.rescale, options)
-        hu = volume.values[0]
+        volume = _read_hu(source.path, source.rescale, options)
+        hu, spacing = volume.values[0], volume.spacing
+        height = None if volume.heights is None else float(volume.heights[0])
         if source.mask is not None:
-            mask = ct.as_mask(_load_mask(source.mask, options).values[0])
+            mask = ct.as_mask(_read_mask(source.mask, options).values[0])
     problem = None if options.trust_hu else hu_problem(hu)
     if problem:
         raise ValueError(problem)
     mask = _same_shape(mask, hu, source.mask)
-    spacing = (source.spacing, source.spacing) if source.spacing else volume.spacing
-    height = None if volume.heights is None else float(volume.heights[0])
     return Slice(str(source.path), hu, spacing, height, mask, source)
 
 
 def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
-    volume, masks = _load(source.path, source.rescale, options), None
+    volume, masks = _read_hu(source.path, source.rescale, options), None
     heights = [None] * len(volume.values) if volume.heights is None else volume.heights
     if source.mask is not None:
-        mask = _load_mask(source.mask, options)
+        mask = _read_mask(source.mask, options)
         masks = _same_shape(ct.as_mask(mask.values), volume.values, source.mask)
         if volume.heights is not None and mask.heights is not None:
             furthest = np.abs(volume.heights - mask.heights).argmax()
@@ -517,28 +513,19 @@ def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
         yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, part, source)
 
 
-def _load_mask(path: Path, options: Options) -> nifti.Volume:
+def _read_mask(path: Path, options: Options) -> volumes.Volume:
     """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
-    return _load(path, (1.0, 0.0), replace(options, variable=None))
+    return _read_hu(path, (1.0, 0.0), replace(options, variable=None))
 
 
-def _load(path: Path, rescale: tuple[float, float] | None, options: Options) -> nifti.Volume:
+def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) -> volumes.Volume:
     """HU of a slice or volume file, upright and from head to feet."""
-    if arrays.kind_of(path) != "nifti":
-        values = arrays.read(path, options.variable, options.array_axes)
-        return nifti.Volume(ct.scale_to_hu(values, path, rescale, options.window))
-    volume = nifti.read_volume(path)
-    hu = volume.values
-    if volume.heights is None:
-        if options.array_axes is None:
-            raise ValueError(
-                f"{path}: its header has no orientation (sform_code and qform_code are 0); give "
-                "--array_axes"
-            )
-        hu = arrays.orient(hu, path, options.array_axes)
-    if not np.isfinite(hu).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(hu)).sum())} values are not finite")
-    return replace(volume, values=np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu))
+    volume = volumes.read_volume(path, options.variable, options.array_axes)
+    rescale = (1.0, 0.0) if volume.is_hu else rescale
+    hu = ct.scale_to_hu(volume.values, path, rescale, options.window)
+    if volume.is_hu:
+        hu = np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu)
+    return replace(volume, values=hu)
 
 
 def _same_shape(mask: np.ndarray | None, hu: np.ndarray, path: Path | None) -> np.ndarray | None:

@@ -109,12 +109,6 @@ def format_csv(rows: pd.DataFrame | Sequence[Mapping[str, object]], columns: Seq
     return text
 
 
-def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Number and cells of each line, the header too; `read_csv` is what to use."""
-    frame = read_csv(path)
-    return [(0, list(frame.columns)), *zip(frame.index, frame.values.tolist(), strict=True)]
-
-
 def read_cells(
     path: str | Path, encoding: str = "utf-8-sig"
 ) -> tuple[pd.DataFrame, list[TableProblem]]:

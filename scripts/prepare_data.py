@@ -5,11 +5,9 @@ Patients appear in it under keyed hashes alone. Run again, it does only what is 
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import hashlib
 import hmac
-import io
 import json
 import os
 import re
@@ -19,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,10 +38,11 @@ from fibldm.cli import (
 from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.series import LeftOut, Options, Series, find_series, read_series
-from fibldm.tables import read_lines
+from fibldm.tables import format_csv, read_csv
 
 INTERCEPT = -1024  # HU of a stored 0
 COLUMNS = ("image", "contour", "patient_id", "label", "split", "position", "pixel_spacing")
+REPORT = ("series", "what", "reason")  # columns
 FOLDERS = ("series", "images", "contours")
 MAX_HU = 32767
 NAME = "[0-9a-f]" * 12 + "_*.png"  # of the images and contours that are written here
@@ -405,20 +404,18 @@ def write_secret(path: Path, text: str) -> None:
 
 def read_labels(path: Path) -> dict[str, str]:
     """The label of each patient; ValueError where a patient has two."""
-    lines = [line for _, line in read_lines(path)]
-    if len(lines) < 2 or min(len(line) for line in lines) < 2:
+    table = read_csv(path)
+    if table.empty or table.shape[1] < 2:
         raise ValueError(f"{path}: expected a header and two columns, patient_id and label")
-    header = [name.lower() for name in lines[0]]
-    named = {"patient_id", "label"} <= set(header)
-    who, what = (header.index("patient_id"), header.index("label")) if named else (0, 1)
+    table.columns = [name.lower() for name in table.columns]
+    named = {"patient_id", "label"} <= set(table.columns)
+    pairs = table[["patient_id", "label"]] if named else table.iloc[:, :2]
     labels: dict[str, str] = {}
-    for line in lines[1:]:
-        if len(line) <= max(who, what):
-            raise ValueError(f"{path}: {line}, expected a cell for each of {lines[0]}")
-        if labels.setdefault(line[who], line[what]) != line[what]:
+    for patient, label in pairs.itertuples(index=False):
+        if labels.setdefault(patient, label) != label:
             raise ValueError(
-                f"{path}: patient {line[who]} is {labels[line[who]]} and {line[what]}, "
-                "expected one label a patient"
+                f"{path}: patient {patient} is {labels[patient]} and {label}, expected one label a "
+                "patient"
             )
     return labels
 
@@ -515,20 +512,17 @@ def write_table(output: Path, labels: dict[str, str]) -> list[dict]:
     for row in rows:
         row["label"] = state["labels"].get(row["patient_id"], row["label"])
     rows.sort(key=lambda row: row["image"])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    text = format_csv(rows, COLUMNS)
     now = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None
     if now and now not in state["label_csv"]:
         edited = table.with_name("label.edited.csv")
         table.replace(edited)
         print(f"note: label.csv was edited since the last run, and is made anew; see {edited}")
-    new = hashlib.sha256(text.getvalue().encode()).hexdigest()
+    new = hashlib.sha256(text.encode()).hexdigest()
     for known in ([now, new], [new]):  # a kill between the two leaves no doubt whose table it is
         state["label_csv"] = [one for one in known if one]
         write_text(state_file, json.dumps(state, indent=2) + "\n")
-        write_text(table, text.getvalue())
+        write_text(table, text)
 
     # What no row names any more: of series that changed, and of runs that were killed.
     named = {row[column] for row in rows for column in ("image", "contour")}
@@ -544,20 +538,18 @@ def write_table(output: Path, labels: dict[str, str]) -> list[dict]:
 
 def read_report(path: Path, series: set[str]) -> list[tuple[str, LeftOut]]:
     """What an earlier run left out of these series, which this one does not look at again."""
-    if not path.is_file():
+    table = read_csv(path) if path.is_file() else None
+    if table is None or tuple(table.columns) != REPORT:
         return []
-    lines = [line for _, line in read_lines(path) if len(line) == 3]
+    lines = table.itertuples(index=False)
     return [(name, LeftOut(where, reason)) for name, where, reason in lines if name in series]
 
 
 def write_report(path: Path, left_out: list[tuple[str, LeftOut]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["series", "what", "reason"])
-    writer.writerows([name, item.where, item.reason] for name, item in left_out)
+    rows = [dict(zip(REPORT, (name, *astuple(item)), strict=True)) for name, item in left_out]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_secret(path, printable(text.getvalue()))
+        write_secret(path, printable(format_csv(rows, REPORT)))
     except OSError as error:
         raise CannotWrite(f"--report {path}: cannot be written: {error.strerror}") from error
 

@@ -20,7 +20,7 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import fuzz
-from fibldm import arrays, checkpoint, ct, limits, plots, report
+from fibldm import checkpoint, ct, limits, plots, report, volumes
 from fibldm.encoding import LatentDataset
 from fibldm.metrics import Score
 from fibldm.tables import Split, read_table
@@ -156,7 +156,7 @@ def test_what_matlab_files_may_hold_is_read(dtype, deflated, tmp_path):
     }
     content = {**scalars, "volume": values, "g": np.array(["x", 1], object)}
     scipy.io.savemat(tmp_path / "a.mat", content, do_compression=deflated)
-    assert np.array_equal(arrays.load(tmp_path / "a.mat"), values)
+    assert np.array_equal(volumes.decode(tmp_path / "a.mat").values, values)
 
 
 @pytest.mark.parametrize(("kind", "size"), [(8, 4800), (9, 4801), (9, 2**31 - 8)])
@@ -168,18 +168,19 @@ def test_damaged_values_of_matlab_files_do_not_reach_scipy(kind, size, tmp_path)
     tag = struct.pack("<II", 9, 4800)
     assert content.count(tag) == 1
     path.write_bytes(content.replace(tag, struct.pack("<II", kind, size)))
-    message = rf"a\.mat: damaged: {size:,} bytes of kind {kind} for an array of \(20, 30\)"
+    what = rf"damaged: {size:,} bytes of kind {kind} for an array of \(20, 30\)"
+    message = rf"a\.mat: cannot be decoded as an image: {what}"
     with pytest.raises(ValueError, match=message):
-        arrays.load(path)
+        volumes.decode(path)
 
 
 def test_complex_values_are_no_slices(tmp_path):
     content = {"k_space": np.ones((20, 30), complex), "k": np.ones((20, 30), complex)}
     scipy.io.savemat(tmp_path / "a.mat", content)
     with pytest.raises(ValueError, match=r"a\.mat: 0 arrays in 2D or 3D, expected one"):
-        arrays.load(tmp_path / "a.mat")
+        volumes.decode(tmp_path / "a.mat")
     scipy.io.savemat(tmp_path / "a.mat", content | {"volume": np.full((20, 30), 7.0)})
-    assert np.array_equal(arrays.load(tmp_path / "a.mat"), np.full((20, 30), 7.0))
+    assert np.array_equal(volumes.decode(tmp_path / "a.mat").values, np.full((20, 30), 7.0))
 
 
 def test_what_hdf5_files_may_hold_is_read(tmp_path):
@@ -193,7 +194,7 @@ def test_what_hdf5_files_may_hold_is_read(tmp_path):
         made.resize((200, 64, 64))
         made.id.write_direct_chunk((128, 0, 0), np.ones((64, 64, 64), "i2").tobytes() + b"0" * 4, 7)
         file.create_dataset("log", (0,), "f4", maxshape=(None,), chunks=(2**21,))
-    read = arrays.load(path).T
+    read = volumes.decode(path).values.T
     assert (
         np.array_equal(read[:40], values) and (read[128:192] == 1).all() and not read[64:128].any()
     )
@@ -335,7 +336,7 @@ def test_an_mat_file_reads_no_other_file(tmp_path):
         file["V"] = h5py.ExternalLink(str(tmp_path / "a.mat"), "V")
     for name in "a.mat", "b.mat":
         with pytest.raises(ValueError, match=rf"{name}: 0 arrays in 2D or 3D"):
-            arrays.read(tmp_path / name)
+            volumes.decode(tmp_path / name)
 
 
 NASTY = """<script>alert("1")</script> & 'b' " onload='x'"""
