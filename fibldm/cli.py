@@ -116,7 +116,7 @@ def add_machine_options(parser: Parser, workers: bool = True, seed: bool = True)
     parser.add_argument(
         "--config", metavar="FILE",
         help="take options from a JSON or YAML file, such as the args.json of a run; options on "
-        "the command line win",
+        "the command line win, those of a launcher too",
     )  # fmt: skip
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

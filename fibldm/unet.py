@@ -253,3 +253,20 @@ class UNet(nn.Module):
         if control is not None:
             features = [f + c for f, c in zip(features, control, strict=True)]
         return self.decoder(features, emb)
+
+    def load_from(self, other: "UNet", classes: Sequence[str], known: Sequence[str]) -> None:
+        """Take the weights of a U-Net of the same sizes; embeddings of classes go by their names.
+
+        `classes` are this one's, `known` the other's. One that the other does not know starts as
+        no label does.
+        """
+        state = other.state_dict()
+        rows = state.pop(name := "encoder.label.weight", None)
+        if rows is None:
+            rows = torch.zeros_like(state["encoder.time.2.bias"])[None]
+        if self.encoder.label is None:  # no label is all that there is
+            state["encoder.time.2.bias"] = state["encoder.time.2.bias"] + rows[-1]
+        else:
+            numbers = dict(zip(known, range(len(rows) - 1), strict=False))
+            state[name] = rows[[numbers.get(label, -1) for label in [*classes, None]]]
+        self.load_state_dict(state)

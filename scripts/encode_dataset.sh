@@ -12,7 +12,7 @@ CONTOUR_CHANNELS=1                          # 1: lung or not; K: contour files h
 VIEWS=8                                     # encodings of a training slice: moved, scaled a little
 MAX_SHIFT=0.0625                            # how far, each way: a share of the side
 MAX_SCALE=0.05                              # how much: 0.95 to 1.05
-BATCH_SIZE=32                               # slices that each GPU encodes at once
+BATCH_SIZE=32                               # slices encoded at once, over all GPUs together
 
 launch encode_dataset.py \
     --csv_file "$CSV_FILE" --img_dir "$IMG_DIR" --vae_checkpoint "$VAE_CHECKPOINT" \

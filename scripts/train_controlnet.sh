@@ -15,6 +15,7 @@ CONTOUR_CHANNELS=1            # as in stage 2
 STEPS=20000                   # optimizer steps
 BATCH_SIZE=32                 # latents a step, over all GPUs together
 LR=1e-4                       # learning rate
+LR_SCHEDULE=constant          # constant, cosine, cooldown: of the learning rate
 VAL_INTERVAL=2500             # steps between validations (loss, samples, metrics)
 PRECISION=auto                # auto, fp32, bf16, fp16
 
@@ -23,6 +24,6 @@ launch train_controlnet.py \
     --unet_checkpoint "$UNET_CHECKPOINT" --save_dir "$SAVE_DIR" \
     --latent_dim "$LATENT_DIM" --latent_size "$LATENT_SIZE" \
     --contour_channels "$CONTOUR_CHANNELS" \
-    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" \
+    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" --lr_schedule "$LR_SCHEDULE" \
     --val_interval "$VAL_INTERVAL" --precision "$PRECISION" \
     "$@"

@@ -16,6 +16,7 @@ DROPOUT=0                     # 0.1: few patients are learnt by heart
 STEPS=50000                   # optimizer steps
 BATCH_SIZE=64                 # latents a step, over all GPUs together
 LR=2e-4                       # learning rate
+LR_SCHEDULE=constant          # constant, cosine, cooldown: of the learning rate
 EMA_DECAY=0.999               # of the averaged weights, which are sampled from
 VAL_INTERVAL=2500             # steps between validations (loss, samples, metrics)
 PATIENCE=0                    # validations without a new best after which it ends; 0: never
@@ -26,6 +27,6 @@ launch train_ldm_unet.py \
     --latent_data_dir "$LATENT_DATA_DIR" --vae_checkpoint "$VAE_CHECKPOINT" --save_dir "$SAVE_DIR" \
     --latent_dim "$LATENT_DIM" --latent_size "$LATENT_SIZE" --channels $CHANNELS --blocks $BLOCKS \
     --dropout "$DROPOUT" --ema_decay "$EMA_DECAY" --patience "$PATIENCE" \
-    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" \
+    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" --lr_schedule "$LR_SCHEDULE" \
     --val_interval "$VAL_INTERVAL" --precision "$PRECISION" \
     "$@"

@@ -14,10 +14,12 @@ LATENT_DIM=8                  # channels of the latent
 STEPS=20000                   # optimizer steps
 BATCH_SIZE=16                 # slices a step, over all GPUs together
 LR=2e-3                       # learning rate
+LR_SCHEDULE=constant          # constant, cosine, cooldown: of the learning rate
 PRECISION=auto                # auto, fp32, bf16, fp16
 
 launch train_vae.py \
     --csv_file "$CSV_FILE" --img_dir "$IMG_DIR" --save_dir "$SAVE_DIR" \
     --image_size "$IMAGE_SIZE" --latent_size "$LATENT_SIZE" --latent_dim "$LATENT_DIM" \
-    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" --precision "$PRECISION" \
+    --steps "$STEPS" --batch_size "$BATCH_SIZE" --lr "$LR" --lr_schedule "$LR_SCHEDULE" \
+    --precision "$PRECISION" \
     "$@"

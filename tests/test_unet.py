@@ -198,3 +198,25 @@ def test_config_rebuilds_it():
     other.load_state_dict(unet.state_dict())
     x, label = normal(2, 3, 8, 8), torch.tensor([1, 0])
     assert torch.equal(unet(x, TIMES, label=label), other(x, TIMES, label=label))
+
+
+def test_weights_of_another_are_taken_with_classes_by_name():
+    def network(classes: list[str], seed: int) -> UNet:
+        return perturb(UNet(**TINY, num_classes=len(classes)), seed)
+
+    known = ["a", "b", "c"]
+    source, plain, x = network(known, 0), network([], 0), normal(2, 3, 8, 8)
+    for classes, same in (
+        (["b", "d", "a"], [1, NO_LABEL, 0]),  # d is new: it starts as no label
+        (known, [0, 1, 2]),
+        ([], []),
+    ):
+        unet = network(classes, 1)
+        unet.load_from(source, classes, known)
+        torch.testing.assert_close(unet(x, TIMES), source(x, TIMES))
+        for i, j in enumerate(same):
+            mine, theirs = (torch.full((2,), label) for label in (i, j))
+            assert torch.equal(unet(x, TIMES, label=mine), source(x, TIMES, label=theirs))
+    unet = network(known, 1)
+    unet.load_from(plain, known, [])
+    assert torch.equal(unet(x, TIMES, label=torch.full((2,), 2)), plain(x, TIMES))
