@@ -20,7 +20,7 @@ from fibldm.cli import (
     positive,
     run_script,
 )
-from fibldm.controlnet import ControlNet, steer
+from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.datasets import Views
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset, encode_csv, training_batches
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def averaged(contours: Tensor, labels: Tensor) -> Denoiser:
-        return steer(unet, ema.model, contours, labels)
+        return make_denoiser(unet, ema.model, contours, labels)
 
     def batches_in_order() -> Iterator[tuple[Tensor, ...]]:
         return training_batches(data, batches, "control", 2, device)

@@ -19,7 +19,7 @@ from fibldm.cli import (
     positive,
     run_script,
 )
-from fibldm.controlnet import steer
+from fibldm.controlnet import make_denoiser
 from fibldm.encoding import LatentDataset, training_batches
 from fibldm.optim import EMA, Precision, clip_gradients, learning_rate, optimizer_step
 from fibldm.run import Run
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def averaged(contours: Tensor, labels: Tensor) -> Denoiser:
-        return steer(ema.model, None, contours, labels)
+        return make_denoiser(ema.model, None, contours, labels)
 
     def batches_in_order() -> Iterator[tuple[Tensor, ...]]:
         return training_batches(data, batches, "unet", 3, device)

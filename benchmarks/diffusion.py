@@ -31,7 +31,7 @@ from vae import MODELS, clock, peak_memory
 
 from fibldm.batches import Batches, item_noise
 from fibldm.checkpoint import load_model, save, save_model
-from fibldm.controlnet import ControlNet, steer
+from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.datasets import CTDataset, chunks
 from fibldm.disk import replace_text
 from fibldm.encoding import LatentDataset, training_batches, write_latents
@@ -269,7 +269,7 @@ def sample_call(name: str, control: bool, args: argparse.Namespace) -> Callable[
 
         def draw() -> Tensor:
             with torch.no_grad(), precision.autocast():
-                denoiser = steer(unet, controlnet, contour)
+                denoiser = make_denoiser(unet, controlnet, contour)
                 z = SAMPLERS["dpmpp_2m"](denoiser, scheduler, noise, timesteps)
             with torch.no_grad():
                 return vae.decode(z.float() / LATENT_SCALE)
@@ -538,15 +538,17 @@ def denoisers(arm: str, args: argparse.Namespace) -> Callable[[Tensor], Callable
 
     def by_ours(contour: Tensor) -> Callable[[Tensor], Tensor]:
         if arm == "no_contour":
-            denoiser = steer(unet)
+            denoiser = make_denoiser(unet)
         elif arm == "control_alone":  # the U-Net was not trained to see the contour
             hint, none = controlnet.embed(contour), contour_condition(contour, LATENT) * 0
 
             def denoiser(x: Tensor, t: Tensor) -> Tensor:
                 return unet(x, t, none, None, controlnet(x, t, hint, none, embedded=True))
         else:
-            denoiser = steer(unet, controlnet, contour)
-        denoiser = guide(denoiser, steer(unet), scheduler, args.guidance, tuple(args.interval))
+            denoiser = make_denoiser(unet, controlnet, contour)
+        denoiser = guide(
+            denoiser, make_denoiser(unet), scheduler, args.guidance, tuple(args.interval)
+        )
         shape = (CHANNELS, LATENT, LATENT)
 
         def draw(x: Tensor) -> Tensor:

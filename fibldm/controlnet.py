@@ -77,7 +77,7 @@ class ControlNet(nn.Module):
         return [conv(f) for conv, f in zip(self.zero_convs, features, strict=True)]
 
 
-def steer(
+def make_denoiser(
     unet: UNet,
     controlnet: ControlNet | None = None,
     contour: Tensor | None = None,

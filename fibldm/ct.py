@@ -188,22 +188,24 @@ def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
     array, _ = decode(path)
     if array.ndim == 3 and array.shape[2] in (3, 4) and channels != array.shape[2]:
         array = array[..., :3].max(axis=2)
-    in_channels = array.ndim == 3 and array.shape[2] == channels
+    try:
+        return as_contour(np.moveaxis(array, 2, 0) if array.ndim == 3 else array, channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def as_contour(array: np.ndarray, channels: int = 1) -> np.ndarray:
+    """A mask, outline or label map (H, W), or its channels (K, H, W) -> bool (channels, H, W)."""
+    in_channels = array.ndim == 3 and len(array) == channels
     if array.ndim != 2 and not in_channels:
-        raise ValueError(
-            f"{path}: expected a contour of {channels} channel(s), found shape {array.shape}"
-        )
+        raise ValueError(f"expected a contour of {channels} channel(s), found shape {array.shape}")
     if in_channels or channels == 1:
-        try:
-            masks = np.moveaxis(array, 2, 0) if in_channels else array[None]
-            return np.stack([as_mask(mask) for mask in masks])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return np.stack([as_mask(mask) for mask in (array if in_channels else array[None])])
     labels = np.arange(1, channels + 1)
     if not np.isin(array, [0, *labels]).all():
         raise ValueError(
-            f"{path}: expected labels 0 to {channels} (--contour_channels {channels}), found "
-            f"values from {array.min()} up to {array.max()}"
+            f"expected labels 0 to {channels} (--contour_channels {channels}), found values from "
+            f"{array.min()} up to {array.max()}"
         )
     return array[None] == labels[:, None, None]
 

@@ -12,7 +12,14 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from fibldm import __version__, disk
-from fibldm.ct import PNG_LEVELS, DatasetInfo, Window, unit_to_hu
+from fibldm.ct import (
+    PNG_LEVELS,
+    DatasetInfo,
+    Window,
+    read_dataset_info,
+    unit_to_hu,
+    write_dataset_info,
+)
 
 
 def synthetic_dicom(
@@ -108,6 +115,26 @@ SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
 def png_info(window: Window, spacing: float | None = None) -> DatasetInfo:
     """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
     return DatasetInfo(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's name asks for; ValueError where it asks for none of them."""
+    for name, suffix in SUFFIXES.items():
+        if path.name.lower().endswith(suffix):
+            return name
+    raise ValueError(f"{path}: expected a name that ends in {', '.join(SUFFIXES.values())}")
+
+
+def require_scale(folder: Path, window: Window, spacing: float | None = None) -> None:
+    """See to it that the folder's dataset.json gives the HU of PNG files of `write_slice`.
+
+    It is written where there is none; ValueError where it is of images with another scale.
+    """
+    expected, found = png_info(window, spacing), read_dataset_info(folder)
+    if found.rescale is None:
+        write_dataset_info(folder, expected)
+    elif found.rescale != expected.rescale:
+        raise ValueError(f"{folder} holds a dataset.json of other images; use another folder")
 
 
 def write_slice(

@@ -1,23 +1,205 @@
-"""A folder of generated slices as sample.py writes it, and what was asked of each of them."""
+"""A folder of samples: how `sample.py` writes it, and how evaluations read it."""
 
-import csv
+import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from fibldm import ct, limits
-from fibldm.disk import file_hash
-from fibldm.tables import Row, list_some
+from fibldm import ct, export, limits
+from fibldm.checkpoint import require_equal
+from fibldm.disk import file_hash, replace_text
+from fibldm.encoding import LatentDataset
+from fibldm.lungs import lung_mask
+from fibldm.metrics import contour_dice
+from fibldm.panels import write_samples
+from fibldm.synthesis import ATTEMPTS, Label, Synthesizer, label_name
+from fibldm.tables import Row, list_some, read_csv, write_csv
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
+PICTURES = (".gif", ".jpg", ".jpeg")  # of contours; HU would be lost in them
+COLUMNS = ("file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet")
+LEFT = ("args.json", "samples.csv", "dataset.json")  # what a run leaves beside its samples
 PAIRED = "contour of "  # before an image of label.csv, in the column `contour` of samples.csv
 
 
 @dataclass(frozen=True)
-class Sample:
+class Request:
+    """What is asked for: contours (M, K, S, S), or None; a name and a label for each of them."""
+
+    contours: np.ndarray | None
+    names: list[str]
+    labels: list[Label]
+
+    def of(self, indices: Sequence[int]) -> np.ndarray | None:
+        """The contours of samples, (N, K, S, S): sample i has contour i modulo M."""
+        if self.contours is None:
+            return None
+        return self.contours[[i % len(self.contours) for i in indices]]
+
+
+def request_from_files(path: Path, model: Synthesizer) -> tuple[Request, list[str]]:
+    """The contour in a file, or those in a folder's images, and notes: what is left out of it.
+
+    Hidden files are no contours. Raises ValueError where there is none, or one is damaged.
+    """
+    notes = []
+    if path.is_dir():
+        there = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = [p for p in there if p.name.lower().endswith((*SUFFIXES, *PICTURES))]
+        others = [p.name for p in there if p not in files]
+        if others:
+            notes.append(
+                f"--contours {path}: {len(others)} files are no images:{list_some(others)}"
+            )
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        found = "no images in it" if path.is_dir() else "no such file or folder"
+        raise ValueError(f"--contours {path}: {found} ({', '.join((*SUFFIXES, *PICTURES))})")
+    channels = model.unet.config["contour_channels"]
+    contours = [ct.read_contour(file, channels) for file in files]
+    request = Request(model.fit_contours(contours), list(map(str, files)), [""] * len(files))
+    return request, notes + style_notes(contours, model.contour_style)
+
+
+def request_from_latents(
+    data: LatentDataset, split: str, model: Synthesizer
+) -> tuple[Request, list[str]]:
+    """Contours and labels of a latent data set's split, and notes. ValueError where none fit."""
+    rows = data.indices(split, views=False)
+    if not rows:
+        raise ValueError(f"{data.folder}: its {split} split is empty")
+    require_equal(
+        f"{data.folder}: contour channels and size",
+        (data.contour_channels, data.image_size),
+        (model.unet.config["contour_channels"], model.image_size),
+        "another data set than the models'",
+    )
+    contours = data.contours[rows]
+    labels = [data.rows[row].label for row in rows]
+    request = Request(
+        model.fit_contours(contours),
+        [f"{PAIRED}{data.rows[row].image}" for row in rows],
+        [name if name in model.classes else "" for name in labels],
+    )
+    return request, style_notes(contours, model.contour_style)
+
+
+def style_notes(contours: Sequence[np.ndarray], style: str | None) -> list[str]:
+    """That contours of another style than the U-Net's are converted, and how many."""
+    if style is None:
+        return []
+    converted = sum(ct.contour_style(contour) not in (None, style) for contour in contours)
+    done = "masks: their outlines are taken" if style == "outline" else "outlines: they are filled"
+    note = f"{converted} of {len(contours)} contours are {done}, as the U-Net was trained on"
+    return [f"{note} {style} contours"] if converted else []
+
+
+def describe_copies(copies: Sequence[tuple[int, str]], left_out: Sequence[str]) -> str:
+    """How many samples were drawn again, of how many patients, and which are not written.
+
+    copies: (number, training patient) of each draw that was a copy.
+    """
+    again, patients = len({i for i, _ in copies}), len({patient for _, patient in copies})
+    text = f"{again} samples drawn again ({len(copies)} draws were copies, of {patients} training "
+    text += "patients)"
+    if left_out:
+        text += f"\nWARNING: {len(left_out)} samples are not written, still copies after "
+        text += f"{ATTEMPTS} attempts:{list_some(left_out)}"
+    return text
+
+
+class SampleFolder:
+    """A folder that gets samples: begun, gone on with, and whole once it has samples.csv.
+
+    settings: what the samples follow from ("samples_of" is its hash, "environment" may differ
+    where all samples are there); kept as args.json. Raises ValueError where the folder holds
+    something else and `overwrite` is not given.
+    """
+
+    def __init__(self, folder: Path, file_format: str, settings: dict, overwrite: bool) -> None:
+        self.folder, self.suffix, self.settings = folder, export.SUFFIXES[file_format], settings
+        args, self.table = folder / "args.json", folder / "samples.csv"
+        before = limits.read_json(args) if args.is_file() else {}
+        if before and not (isinstance(before, dict) and "samples_of" in before):
+            raise ValueError(f"{folder} holds a run of another script; use another --output_dir")
+        if not before and not self.table.exists() and (folder / "dataset.json").exists():
+            raise ValueError(
+                f"{folder} holds a dataset.json of other images; use another --output_dir"
+            )
+        self.begun = self.whole = False
+        if overwrite or not (before or self.table.exists()):
+            return
+        if settings | {"environment": None} != before | {"environment": None}:
+            raise ValueError(
+                f"{folder} holds other samples already; use --overwrite or another --output_dir"
+            )
+        environments = [s["environment"] | {"command": None} for s in (settings, before)]
+        self.whole = self.table.exists()
+        self.begun = self.whole or environments[0] == environments[1]
+
+    def open(self, window: ct.Window, pixel_spacing: float | None) -> None:
+        """Make the folder ready: remove what other runs left, write args.json and dataset.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.begun and any((self.folder / name).exists() for name in LEFT):
+            self.table.unlink(missing_ok=True)  # first: it tells that all is there
+            numbered = f"sample_{'[0-9]' * 5}*"
+            for suffix in export.SUFFIXES.values():
+                for path in self.folder.glob(numbered + suffix):
+                    path.unlink()
+            for name in LEFT:
+                (self.folder / name).unlink(missing_ok=True)
+        replace_text(self.folder / "args.json", json.dumps(self.settings, indent=2) + "\n")
+        if self.suffix == ".png":
+            export.require_scale(self.folder, window, pixel_spacing)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"sample_{index:05d}{self.suffix}"
+
+    def look(
+        self, indices: Sequence[int], request: Request, window: ct.Window, shown: int
+    ) -> tuple[list[np.ndarray], list[float]]:
+        """The first `shown` samples, (S, S) in [-1, 1], and the Dice of contours and lungs of all.
+
+        They are read from the files: what is given away is what is measured.
+        """
+        images, agreement, rescale = [], [], export.png_info(window).rescale
+        for i in indices:
+            hu = ct.read_hu(self.path(i), rescale, window)
+            if len(images) < shown:
+                images.append(ct.hu_to_unit(hu, window))
+            if request.contours is not None:
+                asked = request.of([i]).max(axis=1) > 0
+                agreement.append(float(contour_dice(lung_mask(hu)[None], asked)[0]))
+        return images, agreement
+
+    def finish(
+        self,
+        indices: Sequence[int],
+        rows: list[dict[str, object]],
+        request: Request,
+        images: Sequence[np.ndarray],
+    ) -> None:
+        """Write grid.png of the first images (S, S) and, last, samples.csv of all indices.
+
+        rows: what the table says of each sample, besides its file and what was asked for.
+        """
+        shown = request.of(indices[: len(images)])
+        write_samples(self.folder / "grid.png", np.stack(images), shown)
+        for i, row in zip(indices, rows, strict=True):
+            k = i % len(request.names)
+            row |= {"file": self.path(i).name, "contour": request.names[k]}
+            row["label"] = label_name(request.labels[k])
+        write_csv(self.table, rows, COLUMNS)
+
+
+@dataclass(frozen=True)
+class SampleFile:
     """A generated slice and what was asked for: the contour of a real row, or one in a file."""
 
     path: Path
@@ -30,7 +212,7 @@ class Sample:
 class Samples:
     """The samples of a folder, how their HU are read, and what their samples.csv says."""
 
-    items: list[Sample]
+    items: list[SampleFile]
     info: ct.DatasetInfo
     size: int
     models: dict[str, str]
@@ -45,7 +227,7 @@ def read_samples(folder: Path, rows: list[Row], window: ct.Window) -> tuple[Samp
         items, models = read_samples_table(table, rows)
     else:
         files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES))
-        items = [Sample(path) for path in files if path.name != "grid.png"]
+        items = [SampleFile(path) for path in files if path.name != "grid.png"]
         notes.append(
             "No samples.csv beside the samples: which contours they were asked to follow is not "
             "known. Control and pairs are left out."
@@ -62,26 +244,23 @@ def read_samples(folder: Path, rows: list[Row], window: ct.Window) -> tuple[Samp
     return Samples(items, info, size, models), notes + some
 
 
-def has_contour(sample: Sample) -> bool:
+def has_contour(sample: SampleFile) -> bool:
     return sample.row is not None or sample.contour is not None
 
 
-def read_samples_table(path: Path, rows: list[Row]) -> tuple[list[Sample], dict[str, str]]:
+def read_samples_table(path: Path, rows: list[Row]) -> tuple[list[SampleFile], dict[str, str]]:
     """The samples of samples.csv, and the checkpoints that it names."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table: {error}") from error
-    if lines and not lines[0].get("file"):
-        raise ValueError(f"{path}: columns {list(lines[0])}, expected file, contour, label")
-    outside = [line["file"] for line in lines if not limits.inside((line["file"] or "").strip())]
+    table = read_csv(path)
+    if "file" not in table.columns:
+        raise ValueError(f"{path}: columns {list(table.columns)}, expected file, contour, label")
+    lines = table.to_dict("records")
+    outside = [line["file"] for line in lines if not limits.inside(line["file"])]
     if outside:
         raise ValueError(f"{path}: files that are not beside it:{list_some(outside)}")
     known = {row.image: i for i, row in enumerate(rows)}
     items, lost = [], []
     for line in lines:
-        contour, row, file = (line.get("contour") or "").strip(), None, None
+        contour, row, file = line.get("contour", ""), None, None
         if contour.startswith(PAIRED):
             row = known.get(contour.removeprefix(PAIRED))
             if row is None:
@@ -91,8 +270,8 @@ def read_samples_table(path: Path, rows: list[Row]) -> tuple[list[Sample], dict[
             file = beside if beside.is_file() else Path(contour)
             if not file.is_file():
                 lost.append(contour)
-        name = path.parent / (line["file"] or "").strip()
-        items.append(Sample(name, (line.get("label") or "").strip(), row, file))
+        name = path.parent / line["file"]
+        items.append(SampleFile(name, line.get("label", ""), row, file))
     missing = [str(item.path) for item in items if not item.path.is_file()]
     if missing:
         raise ValueError(f"{path}: {len(missing)} samples are not there:{list_some(missing)}")
@@ -103,7 +282,7 @@ def read_samples_table(path: Path, rows: list[Row]) -> tuple[list[Sample], dict[
         )
     models = {}
     for kind in ("vae", "unet", "controlnet"):
-        files = sorted({line.get(kind) or "" for line in lines} - {""})
+        files = sorted({line.get(kind, "") for line in lines} - {""})
         if files:
             models[kind] = ", ".join(describe_file(Path(file)) for file in files)
     return items, models
@@ -115,7 +294,7 @@ def describe_file(path: Path) -> str:
 
 
 def check_samples(
-    items: list[Sample], info: ct.DatasetInfo, window: ct.Window, folder: Path
+    items: list[SampleFile], info: ct.DatasetInfo, window: ct.Window, folder: Path
 ) -> tuple[int, list[str]]:
     """Decode all samples; return their side and notes. ValueError lists those that do not fit."""
     low, high = window
@@ -129,7 +308,7 @@ def check_samples(
                 f"{least:g} {most:g} if that is the data's, or sample by a model of this window"
             )
 
-    def look(item: Sample) -> str | tuple[tuple[int, ...], float, float]:
+    def look(item: SampleFile) -> str | tuple[tuple[int, ...], float, float]:
         try:
             hu = ct.read_hu(item.path, info.rescale, window)
         except ValueError as error:

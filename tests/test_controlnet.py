@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fibldm.controlnet import ControlNet, steer
+from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 
@@ -71,7 +71,7 @@ def test_starts_as_the_plain_unet_to_the_bit(num_classes):
     label = torch.tensor([1, NO_LABEL])
     plain = unet(x, TIMES, contour_condition(contour, 8), label)
     assert torch.equal(steered(unet, ControlNet(unet, SIZE), x, TIMES, contour, label), plain)
-    assert torch.equal(steer(unet, ControlNet(unet, SIZE), contour, label)(x, TIMES), plain)
+    assert torch.equal(make_denoiser(unet, ControlNet(unet, SIZE), contour, label)(x, TIMES), plain)
     assert plain.abs().mean() > 1e-3
 
 
@@ -147,7 +147,7 @@ def test_embedding_once_equals_embedding_each_time(num_classes):
     label = torch.tensor([1, NO_LABEL])
     calls = []
     control.hint.register_forward_hook(lambda *_: calls.append(1))
-    denoiser = steer(unet, control, contour, label)
+    denoiser = make_denoiser(unet, control, contour, label)
     results = [
         (denoiser(x, t), x, t)
         for x, t in ((normal(2, 3, 8, 8, seed=s), TIMES + s) for s in range(3))
@@ -157,14 +157,16 @@ def test_embedding_once_equals_embedding_each_time(num_classes):
         assert torch.equal(v, steered(unet, control, x, t, contour, label))
 
 
-def test_steer_without_controlnet_or_contour_is_the_unet():
+def test_a_denoiser_without_controlnet_or_contour_is_the_unet():
     unet, x = tiny_unet(num_classes=2), normal(2, 3, 8, 8)
     control, label = perturb(ControlNet(unet, SIZE), seed=1), torch.tensor([1, 0])
-    assert torch.equal(steer(unet)(x, TIMES), unet(x, TIMES))
-    assert torch.equal(steer(unet, None, None, label)(x, TIMES), unet(x, TIMES, None, label))
-    assert torch.equal(steer(unet, control)(x, TIMES), unet(x, TIMES))
+    assert torch.equal(make_denoiser(unet)(x, TIMES), unet(x, TIMES))
+    assert torch.equal(
+        make_denoiser(unet, None, None, label)(x, TIMES), unet(x, TIMES, None, label)
+    )
+    assert torch.equal(make_denoiser(unet, control)(x, TIMES), unet(x, TIMES))
     condition = contour_condition(contours(), 8)
-    assert torch.equal(steer(unet, None, contours())(x, TIMES), unet(x, TIMES, condition))
+    assert torch.equal(make_denoiser(unet, None, contours())(x, TIMES), unet(x, TIMES, condition))
 
 
 def test_the_frozen_encoder_stores_no_graph_and_the_decoder_passes_gradients():

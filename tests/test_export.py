@@ -24,6 +24,8 @@ import train_ldm_unet
 from fibldm import ct, export
 from fibldm.checkpoint import load_model
 from fibldm.encoding import LatentDataset
+from fibldm.samples import request_from_files
+from fibldm.synthesis import Synthesizer
 from fibldm.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("without_weights")
@@ -452,14 +454,19 @@ def test_outlines_given_to_a_u_net_of_masks_are_filled(stages, data, tmp_path, c
     for name in "masks", "outlines":
         options = sample_options(stages, tmp_path / f"of_{name}", "--contours", tmp_path / name)
         run(sample, [*options, "--format", "npy"])
-        said = "3 of 3 contours are outlines, filled masks are taken" in capsys.readouterr().out
+        said = "3 of 3 contours are outlines: they are filled" in capsys.readouterr().out
         assert said == (name == "outlines")
         images.append([np.load(file) for file in samples(tmp_path / f"of_{name}")])
     np.testing.assert_allclose(images[0], images[1], atol=1)
 
 
-def test_masks_given_to_a_u_net_of_outlines_become_outlines(stages, data, tmp_path, capsys):
+def test_masks_given_to_a_u_net_of_outlines_become_outlines(stages, data):
+    model = Synthesizer.from_checkpoints(
+        stages / "vae" / "vae_best.pth", stages / "unet" / "unet_best.pth", device="cpu"
+    )
+    model.contour_style = "outline"
     masks = np.stack([np.asarray(Image.open(p)) > 0 for p in sorted(data.glob("contours/*"))])
-    found = sample.fit_contours(masks[:, None], 32, "outline")
-    np.testing.assert_array_equal(found[:, 0], [ct.outline_mask(m[None])[0] for m in masks])
-    assert "24 of 24 contours are masks, their outlines are taken" in capsys.readouterr().out
+    request, notes = request_from_files(data / "contours", model)
+    drawn = [ct.outline_mask(mask[None])[0] for mask in masks]
+    np.testing.assert_array_equal(request.contours[:, 0], drawn)
+    assert "24 of 24 contours are masks: their outlines are taken" in notes[0]

@@ -5,7 +5,7 @@ import torch
 
 from fibldm import ct
 from fibldm.batches import item_noise, item_uniform
-from fibldm.controlnet import steer
+from fibldm.controlnet import make_denoiser
 from fibldm.optim import EMA
 from fibldm.phantom import phantom_slice
 from fibldm.samplers import dpmpp_2m, guide
@@ -72,7 +72,10 @@ def test_high_attenuation_area_rises_with_the_label_asked_for():
         asked = contours[: 2 * BATCH]
         given = label.expand(len(asked), *label.shape).clone()
         denoiser = guide(
-            steer(ema.model, None, asked, given), steer(ema.model, None, asked), scheduler, scale
+            make_denoiser(ema.model, None, asked, given),
+            make_denoiser(ema.model, None, asked),
+            scheduler,
+            scale,
         )
         noise = item_noise(1, "sample", 0, range(len(asked)), latents.shape[1:])
         z = dpmpp_2m(denoiser, scheduler, noise, scheduler.timesteps(10)) * std + mean

@@ -11,7 +11,7 @@ from conftest import QUICK, TINY_UNET, TINY_VALIDATION
 import encode_dataset
 import sample
 import train_ldm_unet
-from fibldm import checkpoint, ct, disk, privacy
+from fibldm import checkpoint, ct, disk, privacy, synthesis
 from fibldm.encoding import LatentDataset
 from fibldm.phantom import phantom_slice, write_dataset
 from fibldm.privacy import LATENTS, PIXELS, Match, Privacy, Rows, disguises, threshold
@@ -265,7 +265,7 @@ def memorized(models, monkeypatch):
 
             return exact
 
-        monkeypatch.setattr(sample, "guide", guide)
+        monkeypatch.setattr(synthesis, "guide", guide)
 
     return set_rate
 
@@ -322,7 +322,7 @@ def test_a_model_that_only_copies_writes_nothing(models, memorized, tmp_path):
 
 
 def test_a_sample_that_stays_a_copy_is_left_out(models, memorized, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "ATTEMPTS", 1)
+    monkeypatch.setattr(synthesis, "ATTEMPTS", 1)
     memorized(always=False)
     rows = draw(models, tmp_path / "out", "--num_samples", "8", "--drop_copies", models / "latents")
     written = {path.name for path in (tmp_path / "out").glob("sample_*")}
