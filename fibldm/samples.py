@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from fibldm import ct, export, limits
-from fibldm.checkpoint import require_equal
 from fibldm.disk import file_hash, replace_text
 from fibldm.encoding import LatentDataset
 from fibldm.lungs import lung_mask
@@ -74,12 +73,13 @@ def request_from_latents(
     rows = data.indices(split, views=False)
     if not rows:
         raise ValueError(f"{data.folder}: its {split} split is empty")
-    require_equal(
-        f"{data.folder}: contour channels and size",
-        (data.contour_channels, data.image_size),
-        (model.unet.config["contour_channels"], model.image_size),
-        "another data set than the models'",
-    )
+    found = data.contour_channels, data.image_size
+    expected = model.unet.config["contour_channels"], model.image_size
+    if found != expected:
+        raise ValueError(
+            f"{data.folder}: contour channels and size: found {found}, expected {expected}; "
+            "another data set than the models'"
+        )
     contours = data.contours[rows]
     labels = [data.rows[row].label for row in rows]
     request = Request(

@@ -237,7 +237,7 @@ def test_overwrite_spares_what_is_no_latent_data_set(stages, phantoms, capsys, t
         (["--latent_data_dir", "LATENTS", "--label", "asthma"], ["asthma", "fibrosis"]),
         (
             ["--latent_data_dir", "LATENTS", "--label", "normal=1", "asthma=0"],
-            ["asthma=0", "normal"],
+            ["label asthma", "normal"],
         ),
         (
             ["--latent_data_dir", "LATENTS", "--label", "normal=x", "fibrosis=1"],

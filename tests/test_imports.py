@@ -45,7 +45,14 @@ MAY_IMPORT = {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
         *("unet", "vae"),
     },
-    "samples": {"ct", "disk", "limits", "tables"},
+    "synthesis": {
+        *("batches", "checkpoint", "controlnet", "ct", "disk", "export", "optim", "privacy"),
+        *("samplers", "scheduler", "unet", "vae"),
+    },
+    "samples": {
+        *("ct", "disk", "encoding", "export", "limits", "lungs", "metrics"),
+        *("panels", "synthesis", "tables"),
+    },
     "evaluation": {
         *("ct", "datasets", "disease", "disk", "lungs", "metrics", "privacy", "samples", "vae"),
     },
