@@ -3,13 +3,14 @@
     python benchmarks/check_data.py ../shared/ct/lungs --name lungs
 
 Of the data set's patients a share (at least one) gets one defect; all slices are then judged by the
-functions of check_data.py. Prints a Markdown table: of the slices with the defect how many are
+checks of fibldm.inspection. Prints a Markdown table: of the slices with the defect how many are
 flagged, by any check and not as they were in the clean data set, and of the other slices how many
-are flagged that were not there. Files are written to a temporary folder.
+are flagged that were not there. Files are written to a temporary copy of the data set.
 """
 
 import argparse
 import io
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,11 +22,10 @@ from scipy import ndimage as ndi
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import check_data  # noqa: E402
 
 from fibldm import ct  # noqa: E402
+from fibldm.findings import Findings  # noqa: E402
+from fibldm.inspection import SliceReader, check_slices, read_slices  # noqa: E402
 from fibldm.tables import Split, parse_table  # noqa: E402
 
 SHARES = (0.01, 0.05, 0.2)
@@ -117,21 +117,23 @@ COPY = {
 }
 
 
-def flagged_rows(rows, seen, rescale) -> dict[int, str]:
+def flagged_rows(rows, readings, rescale) -> dict[int, str]:
     """{row: the checks that flag it, and with which severity}; -1 stands for the whole data set."""
     flagged: dict[int, str] = {}
-    for finding in check_data.check_slices(rows, seen, rescale)[0]:
+    findings = Findings()
+    check_slices(findings, rows, readings, rescale)
+    for finding in findings.in_order():
         for row in finding.rows or ([-1] if finding.lines else []):
             flagged[row] = f"{flagged.get(row, '')} {finding.severity} {finding.check}".strip()
     return flagged
 
 
-def measure(folder: Path, name: str, shares: list[float], temporary: Path) -> None:
-    args = check_data.parse_args([str(folder)])
-    rows, _, _ = parse_table(args.csv_file, args.img_dir, Split())
-    reader = check_data.Reader(args)
-    seen = check_data.read_rows(rows, reader, 2)
-    clean = flagged_rows(rows, seen, reader.rescale)
+def measure(folder: Path, name: str, shares: list[float]) -> None:
+    """Print the table of one data set; files with defects are written into its folder."""
+    rows, _, _ = parse_table(folder / "label.csv", folder, Split())
+    reader = SliceReader(folder, ct.read_rescale(folder))
+    readings = read_slices(rows, reader, 2)
+    clean = flagged_rows(rows, readings, reader.rescale)
     slope, intercept = reader.rescale
     shown = ", ".join(f"{part:.0%}" for part in shares)
     print(f"\n{name}: {len(rows)} slices; flagged in the clean set: {len(clean)}")
@@ -148,10 +150,10 @@ def measure(folder: Path, name: str, shares: list[float], temporary: Path) -> No
             ill = set(rng.permutation(patients)[: max(1, round(part * len(patients)))])
             well = [i for i, row in enumerate(rows) if row.patient_id not in ill]
             ill_rows = [i for i, row in enumerate(rows) if row.patient_id in ill]
-            new_rows, new_seen, partners = list(rows), list(seen), set()
+            new_rows, new_readings, partners = list(rows), list(readings), set()
             for i in ill_rows:
                 row, other = rows[i], well[int(rng.integers(len(well)))]
-                image, contour = Path(f"{temporary}/{i}.npy"), Path(f"{temporary}/{i}.png")
+                image, contour = f"defect_{i}.npy", f"defect_{i}.png"
                 hu, mask = reader.image(row)[0].astype(float), reader.contour(row)[0]
                 if defect in IMAGE:
                     hu = IMAGE[defect](hu)
@@ -165,14 +167,13 @@ def measure(folder: Path, name: str, shares: list[float], temporary: Path) -> No
                     mask = reader.contour(rows[other])[0]
                 elif CONTOUR[defect]:
                     mask = CONTOUR[defect](mask)
-                np.save(image, ((hu - intercept) / slope).astype(np.float32))
-                Image.fromarray(np.uint8(mask) * 255).save(contour)
-                names = str(image.resolve()), str(contour.resolve())
+                np.save(folder / image, ((hu - intercept) / slope).astype(np.float32))
+                Image.fromarray(np.uint8(mask) * 255).save(folder / contour)
+                new_rows[i] = replace(row, image=image, contour=contour)
                 if defect == "contour and image swapped":
-                    names = str((folder / row.contour).resolve()), str(image.resolve())
-                new_rows[i] = replace(row, image=names[0], contour=names[1])
-                new_seen[i] = reader.see(new_rows[i])
-            flagged = flagged_rows(new_rows, new_seen, reader.rescale)
+                    new_rows[i] = replace(row, image=row.contour, contour=image)
+                new_readings[i] = reader.read(new_rows[i])
+            flagged = flagged_rows(new_rows, new_readings, reader.rescale)
             hits = [i for i in ill_rows if i in flagged and flagged[i] != clean.get(i)]
             found.append(f"{len(hits)}/{len(ill_rows)}")
             more = [i for i in well if i in flagged and i not in clean and i not in partners]
@@ -194,7 +195,8 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        measure(args.folder, args.name or args.folder.name, args.shares, Path(temporary))
+        copy = shutil.copytree(args.folder, Path(temporary) / "data")
+        measure(copy, args.name or args.folder.name, args.shares)
 
 
 if __name__ == "__main__":

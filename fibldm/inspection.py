@@ -1,534 +1,244 @@
-"""What makes a data set of chest CT teach a model something wrong, told from its arrays alone.
+"""A data set before training: what training would refuse, and what it would learn wrongly.
 
-Nothing here reads or writes a file. Limits were measured on real and on synthetic chest CT, clean
-and with each defect put in: benchmarks/check_data.py.
+inspection = inspect("./data")
+for finding in inspection.findings:
+    print(finding.severity, finding.check, finding.lines)
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage as ndi
+from tqdm import tqdm
 
-from fibldm import ct
-from fibldm.lungs import lung_mask
+from fibldm import anatomy, ct, findings, likeness, limits, panels
+from fibldm.findings import Finding, Findings, SliceReading
+from fibldm.tables import SPLITS, Row, Split, parse_table
 
-# Two peaks of a histogram, in HU: the darker of air and lungs, the brighter of fat or muscle.
-DARK_PEAK = (-1150.0, -500.0)
-BRIGHT_PEAK = (-135.0, 140.0)
-PADDING = -1500.0  # HU: no tissue is darker, only marks of what is outside of the field of view
-FEW_VALUES = 16  # distinct ones: a mask or a label map
-CUT_OFF = 0.05  # share of the values at the very maximum: soft tissue was cut off
-SATURATED = 100.0  # HU of that maximum, at most: bone alone is cut off by a higher one
-CORNER = 1 / 16  # of a side: what is there is air, or tissue where the image is cropped
-VALUES = 200_000  # of a volume at most are looked at
-
-
-def hu_problem(hu: np.ndarray) -> str | None:
-    """What is wrong with the values of a chest CT slice or volume; None where nothing is.
-
-    hu: numbers of any shape and real dtype, meant to be HU; clipped to a window such as
-    [-1000, 400] or not. Needs no lungs in them: neck and upper abdomen pass.
-    """
-    values = _sample(hu)
-    if values.size == 0 or not np.isfinite(values).all():
-        return "values that are not finite, or none at all"
-    low, high = float(values.min()), float(values.max())
-    span = f"values {low:g} to {high:g}"
-    if low == high:
-        return f"constant: every value is {low:g}"
-    distinct = np.unique(values)
-    if len(distinct) <= FEW_VALUES or _is_label_map(hu, distinct):
-        return f"{span}, {len(distinct)} distinct: a mask, not CT"
-    if high - low <= 2.5 and abs(low) <= 2:
-        return f"{span}: normalized by minimum and maximum, HU are lost"
-    if low > -1200 and (values < -850).mean() > 0.97:
-        return f"{span}: air alone"
-
-    # Values outside of the field of view are no tissue; they are all the same one, but for edges.
-    outside = values < PADDING
-    if 0 < outside.sum() < 0.95 * values.size and (values[outside] == low).mean() > 0.9:
-        values = values[~outside]
-    dark, bright = histogram_peaks(values)
-    if _are_peaks_of_ct(dark, bright):
-        if _is_inverted(values, dark, bright) or _has_bright_corners(hu):
-            return f"{span}: inverted, air is bright and tissue dark"
-        if high <= SATURATED and (values == high).mean() > CUT_OFF:
-            return f"{span}: windowed, soft tissue was cut off at {high:g} HU"
-        return None
-    return f"{span}: {_explain(hu, values, dark, bright)}"
-
-
-def _sample(hu: np.ndarray) -> np.ndarray:
-    """At most about VALUES of the values, evenly spread, float32."""
-    flat = np.asarray(hu).reshape(-1)
-    return flat[:: max(1, flat.size // VALUES) | 1].astype(np.float32)
-
-
-def _is_label_map(hu: np.ndarray, distinct: np.ndarray) -> bool:
-    """Whether values are few integers from 0 on, and neighbours mostly the same one."""
-    if len(distinct) > 256 or distinct[0] != 0 or (distinct != np.round(distinct)).any():
-        return False
-    hu = np.asarray(hu)
-    lines = hu.reshape(-1, hu.shape[-1])
-    lines = lines[:: max(1, lines.size // VALUES)]
-    left, right = lines[:, :-1], lines[:, 1:]
-    labelled = left > 0
-    return bool(labelled.any() and (left == right)[labelled].mean() > 0.75)
-
-
-def histogram_peaks(values: np.ndarray) -> tuple[float, float]:
-    """The highest peaks on the two sides of Otsu's threshold, in the units of the values.
-
-    Values at the very maximum are left out where they are few: bone that a window cut off.
-    Otsu, "A threshold selection method from gray-level histograms" (IEEE SMC 1979).
-    """
-    below = values[values < values.max()]
-    if below.size < 0.8 * values.size:
-        below = values
-    low, high = np.percentile(below, [0.1, 99])
-    if high <= low:
-        return float(low), float(high)
-    counts, edges = np.histogram(np.clip(below, low, high), bins=200, range=(low, high))
-    centers = (edges[:-1] + edges[1:]) / 2
-    weight = np.cumsum(counts) / counts.sum()
-    mean = np.cumsum(counts * centers) / counts.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (mean[-1] * weight - mean) ** 2 / (weight * (1 - weight))
-    cut = int(np.nanargmax(between[:-1])) + 1
-    smooth = np.convolve(np.pad(counts, 2), [1, 2, 3, 2, 1], "valid")
-    return float(centers[np.argmax(smooth[:cut])]), float(centers[cut + np.argmax(smooth[cut:])])
-
-
-def _are_peaks_of_ct(dark: float, bright: float) -> bool:
-    return DARK_PEAK[0] <= dark <= DARK_PEAK[1] and BRIGHT_PEAK[0] <= bright <= BRIGHT_PEAK[1]
-
-
-def _is_inverted(values: np.ndarray, dark: float, bright: float) -> bool:
-    """Bone is far above soft tissue, but nothing is far below air; inverted it is the other way."""
-    lowest, highest = np.percentile(values, [0.2, 99.8])
-    return dark - lowest > max(2 * (highest - bright), 0.3 * (bright - dark))
-
-
-def _has_bright_corners(hu: np.ndarray) -> bool:
-    """Whether the corners of slices (..., H, W) are about as bright as anything in them."""
-    hu = np.asarray(hu)
-    if hu.ndim < 2:
-        return False
-    h, w = (max(1, round(CORNER * side)) for side in hu.shape[-2:])
-    corners = [hu[..., y, x] for y in (np.s_[:h], np.s_[-h:]) for x in (np.s_[:w], np.s_[-w:])]
-    low, high = np.percentile(_sample(hu), [0.1, 99.9])
-    return bool(np.median(np.stack(corners)) > high - 0.05 * (high - low))
-
-
-def _explain(hu: np.ndarray, values: np.ndarray, dark: float, bright: float) -> str:
-    """Why peaks are not where those of chest CT are."""
-    found = f"peaks at {dark:.0f} and {bright:.0f}, expected air or lung at -1050 to -500 and "
-    found += "soft tissue at -135 to 140 HU"
-    low, high = float(values.min()), float(values.max())
-    if _is_inverted(values, dark, bright) or _has_bright_corners(hu):
-        return f"inverted, air is bright and tissue dark ({found})"
-    for shift, cause in (
-        (-1024, "without air, off by 1024: the rescale intercept of -1024 is missing"),
-        (1024, "off by -1024: the rescale intercept was applied twice"),
-    ):
-        if _are_peaks_of_ct(dark + shift, bright + shift):
-            return f"{cause} ({found})"
-    if low >= 0 and high <= 255:
-        return f"grey levels of 8 bits, not HU ({found})"
-    if low > -900 and (values == low).mean() > 0.1:
-        return f"windowed, all below {low:g} was cut off: lungs are saturated ({found})"
-    if high < 400 and (values == high).mean() > 0.15:
-        return f"windowed, all above {high:g} was cut off: soft tissue is saturated ({found})"
-    if bright - dark < 300 and (values < -500).mean() < 0.01 and abs(bright) < 200:
-        return f"no air: lungs are missing, or cut off by a window ({found})"
-    return f"wrong slope or intercept, or another window than taken ({found})"
-
-
-# A contour and its image.
-
-GRID = 128  # pixels a side at which contours are compared with the lungs found in the image
-FITS, MISFIT = 0.93, 0.75  # Dice with them: of clean data above the one, never below the other
-SHIFT, GAIN = 0.012, 0.03  # of the side, and in Dice: what moving a contour must bring
-TISSUE = -300.0  # HU: the median inside of a contour is below, even in severe fibrosis
-
-
-def _turned(how: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda a: np.ascontiguousarray(how(a))
-
-
-# The symmetries of a square, for arrays (..., S, S), by how an upright one looks afterwards.
-SYMMETRIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "upright": lambda a: a,
-    "mirrored left-right": _turned(lambda a: a[..., ::-1]),
-    "mirrored top-bottom": _turned(lambda a: a[..., ::-1, :]),
-    "turned by 180 degrees": _turned(lambda a: a[..., ::-1, ::-1]),
-    "transposed": _turned(lambda a: a.swapaxes(-1, -2)),
-    "turned by 90 degrees": _turned(lambda a: np.rot90(a, 1, (-2, -1))),
-    "turned by -90 degrees": _turned(lambda a: np.rot90(a, -1, (-2, -1))),
-    "transposed and turned by 180 degrees": _turned(lambda a: a.swapaxes(-1, -2)[..., ::-1, ::-1]),
-}
-
-
-class Problem(NamedTuple):
-    """Something wrong with a slice: a short name of its kind, how bad, and what it is."""
-
-    check: str
-    severity: str  # error or warning
-    reason: str
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Overlap of two masks of one shape, 0 to 1; 1 where both are empty."""
-    total = np.count_nonzero(a) + np.count_nonzero(b)
-    return 2 * np.count_nonzero(a & b) / total if total else 1.0
-
-
-def to_grid(hu: np.ndarray, contour: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """HU (H, W) and contour (K, H, W) -> HU, filled contour and lungs found, all (GRID, GRID)."""
-    contour = contour != 0
-    if ct.contour_style(contour) == "outline":
-        contour = ct.fill_outline(contour)
-    small = ct.fit_square(hu, GRID, ct.AIR)
-    filled = ct.fit_square(contour.any(axis=0), GRID, 0) >= 0.5
-    return small, filled, lung_mask(small)
-
-
-def contour_problem(hu: np.ndarray, contour: np.ndarray) -> Problem | None:
-    """What is wrong with the contour (K, H, W), filled or outline, of a slice (H, W) in HU.
-
-    A slice whose values are wrong, or in which no lungs are found, says little of its contour:
-    only what needs no lungs is told then.
-    """
-    return _judge(contour, hu_problem(hu), *to_grid(hu, contour), max(hu.shape) / GRID)
-
-
-def _judge(
-    contour: np.ndarray,
-    of_image: str | None,
-    hu: np.ndarray,
-    filled: np.ndarray,
-    lungs: np.ndarray,
-    pixels: float,
-) -> Problem | None:
-    """`contour_problem`, where what it needs is known: the image's problem, and `to_grid`."""
-    if not of_image and not contour.any() and not lungs.any():
-        return Problem("no lungs", "warning", "none are found in the image, and none are marked")
-    problem = _shape_problem(contour != 0)
-    if problem or of_image:
-        return problem
-    return _place_problem(hu, filled, lungs, pixels)
-
-
-def _shape_problem(contour: np.ndarray) -> Problem | None:
-    """A contour (K, H, W) that is none, whatever its image."""
-    drawn = int(contour.sum())
-    if not drawn:
-        return Problem("contour empty", "error", "nothing is marked")
-    if contour.any(axis=0).mean() > 0.9:
-        return Problem("contour empty", "error", "nearly everything is marked")
-    thick = sum(int(ndi.binary_erosion(channel).sum()) for channel in contour)
-    long = drawn > sum(contour.shape[1:]) / 4
-    if ct.contour_style(contour) is None and long and thick < drawn / 8:
-        return Problem("contour open", "error", "lines that do not close: they enclose nothing")
-    return None
-
-
-def _place_problem(
-    hu: np.ndarray, filled: np.ndarray, lungs: np.ndarray, pixels: float
-) -> Problem | None:
-    """A contour that lies wrongly, of what `to_grid` gives; `pixels` of the file are one of it."""
-    if filled.any():
-        level = float(np.median(hu[filled]))
-        if level > TISSUE:
-            reason = f"a median of {level:.0f} HU inside, expected lung, below {TISSUE:.0f}"
-            if dice(~filled, lungs) > dice(filled, lungs):
-                reason = f"inverted: lungs are outside of it ({reason})"
-            return Problem("contour misplaced", "error", reason)
-    if not lungs.any():
-        return None
-    return _misfit(filled, lungs, pixels)
-
-
-def _misfit(filled: np.ndarray, lungs: np.ndarray, pixels: float) -> Problem | None:
-    """How a mask fails to fit the lungs found, both (GRID, GRID) of `pixels` of the file each."""
-    fit = dice(filled, lungs)
-    (down, right), moved = _best_shift(filled, lungs)
-    if max(abs(down), abs(right)) >= SHIFT * GRID and moved > max(fit + GAIN, 0.85):
-        where = f"{-right * pixels:.0f} pixels to the right and {-down * pixels:.0f} down"
-        return Problem("contour misplaced", "error", f"shifted by about {where}")
-    if fit >= FITS:
-        return None
-    fits = {name: dice(turn(filled), lungs) for name, turn in SYMMETRIES.items()}
-    name = max(fits, key=fits.__getitem__)
-    if fits[name] > max(fit + GAIN, FITS):
-        return Problem("contour misplaced", "error", f"{name}, its image is not")
-    if dice(~filled, lungs) > fit:
-        return Problem("contour misplaced", "error", "inverted: lungs are outside of it")
-    if fit < MISFIT:
-        covered = (filled & lungs).sum() / lungs.sum()
-        outside = (filled & ~lungs).sum() / max(1, filled.sum())
-        reason = f"covers {covered:.0%} of the lungs found, {outside:.0%} of it is outside of them"
-        return Problem("contour fits badly", "warning", f"{reason} (Dice {fit:.2f})")
-    return None
-
-
-def _best_shift(mask: np.ndarray, target: np.ndarray) -> tuple[tuple[int, int], float]:
-    """The shift (down, right) of a mask that overlaps most with the target, and its Dice."""
-    shape = [2 * n for n in mask.shape]
-    product = np.fft.rfft2(target, shape) * np.conj(np.fft.rfft2(mask, shape))
-    overlap = np.fft.irfft2(product, shape)
-    at = np.unravel_index(np.argmax(overlap), shape)
-    down, right = ((int(i) + n // 2) % n - n // 2 for i, n in zip(at, shape, strict=True))
-    return (down, right), 2 * float(overlap.max()) / (mask.sum() + target.sum())
-
-
-# What is kept of a slice, to compare it with others.
-
-THUMBNAIL, VIEW, MASK = 64, 16, 32  # pixels a side
-MEDIASTINUM = (-200.0, 200.0)  # HU: where the heart and the vessels differ from fat
+CELLS = 64  # slices on the contact sheet
+GUESS = (1.0, -1024.0)  # the scale that 16-bit images without one are looked at by
+MASK = 32  # pixels a side at which contours are compared with other slices' lungs
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is kept of a slice: its problems, and small arrays to compare it with others by.
+class SliceReader:
+    """Reads a table's slices as training does; those without a scale by a guess.
 
-    `thumbnail` (64, 64) float16 in [-1, 1] over the window; `view` (16, 16) float32, the box around
-    the lungs; `contour` and `lungs` (32, 32) bool; `style` filled, outline or None; `fit` the
-    Dice of contour and lungs; `top` the highest value, which `top_count` pixels have.
+    Paths are relative to `root`; `rescale` is the (slope, intercept) of dataset.json.
     """
 
-    problem: str | None
-    contour_problem: Problem | None
-    style: str | None
-    thumbnail: np.ndarray
-    view: np.ndarray | None
-    contour: np.ndarray
-    lungs: np.ndarray
-    fit: float
-    top: float
-    top_count: int
+    root: Path
+    rescale: tuple[float, float] | None = None
+    window: ct.Window = ct.DEFAULT_WINDOW
+    contour_channels: int = 1
+
+    def image(self, row: Row) -> tuple[np.ndarray, bool]:
+        """HU (H, W), and whether its scale was guessed."""
+        try:
+            return ct.read_hu(self.root / row.image, self.rescale, self.window), False
+        except ValueError as error:
+            if ct.SCALE_REMEDY not in str(error):
+                raise
+            return ct.read_hu(self.root / row.image, GUESS, self.window), True
+
+    def contour(self, row: Row) -> np.ndarray:
+        """Bool (K, H, W)."""
+        return ct.read_contour(self.root / row.contour, self.contour_channels)
+
+    def read(self, row: Row) -> SliceReading:
+        """Read and judge one row. A file that is not there is a problem of the table."""
+        names = row.image, row.contour
+        if not all(limits.inside(name) and (self.root / name).is_file() for name in names):
+            return SliceReading()
+        errors: dict[str, str] = {}
+        try:
+            hu, guessed = self.image(row)
+        except ValueError as error:
+            return SliceReading({"image unreadable": self._reason(error)})
+        if guessed:
+            errors["no scale"] = ""
+        contour = np.zeros((self.contour_channels, *hu.shape), bool)
+        try:
+            marked = self.contour(row)
+        except ValueError as error:
+            errors["contour unreadable"] = self._reason(error)
+        else:
+            if marked.shape[1:] == hu.shape:
+                contour = marked
+            else:
+                sizes = f"{hu.shape}, but its contour has {marked.shape[1:]} pixels"
+                errors["sizes differ"] = sizes
+
+        problem = anatomy.hu_problem(hu)
+        small, filled, lungs = anatomy.to_grid(hu, contour)
+        return SliceReading(
+            errors=errors,
+            shape=hu.shape,
+            digest=hashlib.sha256(np.ascontiguousarray(hu).tobytes()).digest(),
+            is_8bit=self.rescale is None and not guessed and _is_8bit(self.root / row.image),
+            hu_problem=problem,
+            contour_problem=anatomy.contour_problem(contour, small, filled, lungs, not problem),
+            style=ct.contour_style(contour),
+            thumbnail=likeness.thumbnails(ct.hu_to_unit(hu, self.window)).astype(np.float16),
+            view=anatomy.lung_view(small, lungs) if lungs.any() and not problem else None,
+            contour=ct.fit_square(filled, MASK, 0) >= 0.5,
+            lungs=ct.fit_square(lungs, MASK, 0) >= 0.5,
+            fit=anatomy.dice(filled, lungs),
+            top=float(hu.max()),
+            top_count=int((hu == hu.max()).sum()),
+        )
+
+    def _reason(self, error: ValueError) -> str:
+        """An error of the readers without the file's path, with which it begins."""
+        return str(error).split(": ", 1)[-1].replace(f"{self.root}/", "")
+
+    def picture(self, row: Row) -> np.ndarray:
+        """A slice with its contour drawn on, RGB uint8 (S, S, 3); what can't be read is black."""
+        try:
+            hu = self.image(row)[0]
+        except ValueError:
+            return np.zeros((64, 64, 3), np.uint8)
+        side = min(max(hu.shape), panels.SHEET_CELL)
+        unit = ct.hu_to_unit(ct.fit_square(hu, side, ct.AIR), self.window)[None]
+        try:
+            contour = self.contour(row)
+        except ValueError:
+            return panels.grey(unit)[0]
+        if contour.shape[1:] != hu.shape:
+            return panels.grey(unit)[0]
+        return panels.overlay(unit, ct.fit_contour(contour, side)[None])[0]
 
 
-def look(hu: np.ndarray, contour: np.ndarray, window: ct.Window) -> Look:
-    """Inspect a slice (H, W) in HU and its contour (K, H, W)."""
-    problem = hu_problem(hu)
-    small, filled, lungs = to_grid(hu, contour)
-    return Look(
-        problem=problem,
-        contour_problem=_judge(contour, problem, small, filled, lungs, max(hu.shape) / GRID),
-        style=ct.contour_style(contour),
-        thumbnail=thumbnail(hu, window),
-        view=None if problem or not lungs.any() else lung_view(small, lungs),
-        contour=ct.fit_square(filled, MASK, 0) >= 0.5,
-        lungs=ct.fit_square(lungs, MASK, 0) >= 0.5,
-        fit=dice(filled, lungs),
-        top=float(hu.max()),
-        top_count=int((hu == hu.max()).sum()),
-    )
+def _is_8bit(path: Path) -> bool:
+    array, is_hu = ct.decode(path)
+    return not is_hu and array.dtype == np.uint8
 
 
-def thumbnail(hu: np.ndarray, window: ct.Window) -> np.ndarray:
-    """A slice (H, W) in HU -> (THUMBNAIL, THUMBNAIL) float16 in [-1, 1]."""
-    unit = ct.hu_to_unit(hu, window)
-    return ct.fit_square(unit, THUMBNAIL, -1).astype(np.float16)
+def read_slices(rows: Sequence[Row], reader: SliceReader, workers: int = 0) -> list[SliceReading]:
+    """Read and judge all rows, with a progress bar; `workers` processes, 0 for this one."""
+
+    def watch(readings: Iterable[SliceReading]) -> list[SliceReading]:
+        return list(tqdm(readings, "reading slices", len(rows), disable=None))
+
+    if workers == 0 or len(rows) < 2 * workers:
+        return watch(map(reader.read, rows))
+    with ProcessPoolExecutor(workers) as pool:
+        return watch(pool.map(reader.read, rows, chunksize=8))
 
 
-def lung_view(hu: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-    """The box around the lungs, stretched to (VIEW, VIEW) float32: fat and heart in it, 0 to 1.
-
-    Position, size and proportions are the patient's own; what is left tells how it is turned.
-    """
-    low, high = MEDIASTINUM
-    centers, sizes = [], []
-    for axis in (1, 0):
-        at = np.flatnonzero(lungs.any(axis=axis))
-        centers.append((at[0] + at[-1]) / 2)
-        sizes.append(1.1 * (at[-1] - at[0] + 1))
-    smooth = ndi.gaussian_filter(np.clip(hu, low, high), max(sizes) / VIEW / 2)
-    steps = (np.arange(VIEW) + 0.5) / VIEW - 0.5
-    grid = [center + size * steps for center, size in zip(centers, sizes, strict=True)]
-    view = ndi.map_coordinates(smooth, np.meshgrid(*grid, indexing="ij"), order=1, mode="nearest")
-    return ((view - low) / (high - low)).astype(np.float32)
+def check_slices(
+    found: Findings,
+    rows: Sequence[Row],
+    readings: Sequence[SliceReading],
+    rescale: tuple[float, float] | None,
+) -> list[str]:
+    """All that slices tell, into `found`; returns what could not be checked."""
+    findings.check_files(found, rows, readings)
+    findings.check_values(found, rows, readings, rescale)
+    findings.check_contours(found, rows, readings)
+    unchecked = findings.check_turned(found, rows, readings)
+    findings.check_copies(found, rows, readings)
+    return [unchecked] if unchecked else []
 
 
-# Slices among others.
+class Group(NamedTuple):
+    """How many patients and slices of a label a split has."""
 
-TURNED_PATIENTS = 20  # at least: fewer don't show how chests lie
-TURNED_MARGIN = 0.4  # of the usual margin between upright and mirrored
-AGREEMENT = 0.25  # median lead of upright: 0.4 to 1 where a fifth is turned at most, 0 for a half
-FOLDS, TRAINED, RIDGE = 5, 4000, 0.1
-COPY_CANDIDATE, COPY = 0.90, 0.96  # correlation of thumbnails: at first sight, and aligned
-DETAIL = 3.0  # pixels of a thumbnail: what is coarser is the same in all chests
-CANDIDATES, BLOCK = 4000, 1024  # pairs to align at most; rows compared at a time
-
-
-class Turned(NamedTuple):
-    """A patient whose slices are turned against the others', and by how clear a margin."""
-
-    patient: str
-    how: str
-    margin: float
+    split: str
+    label: str
+    patients: int
     slices: int
-    agreeing: float  # share of the slices that say so
 
 
-def find_turned(views: np.ndarray, patients: Sequence[str]) -> list[Turned] | None:
-    """Patients whose slices lie otherwise than most; None where it can't be told.
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: errors first, then warnings; notes say what was assumed or left out."""
 
-    views: (N, VIEW, VIEW) by `lung_view`. A linear function is learned that tells views as they
-    are from the same views under the other symmetries of the square; it judges patients that it
-    has not seen (5 folds). It can't be told with few patients, or where they don't agree.
+    rows: list[Row]
+    findings: list[Finding]
+    notes: list[str]
+    reader: SliceReader
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What training would refuse, or learn wrongly for certain."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def counts(self) -> list[Group]:
+        """The sizes of each split and label; `pandas.DataFrame(inspection.counts)` is a table."""
+        patients: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for row in self.rows:
+            patients[row.split, row.label].append(row.patient_id)
+        order = {split: i for i, split in enumerate(SPLITS)}
+        return [
+            Group(split, label, len(set(patients[split, label])), len(patients[split, label]))
+            for split, label in sorted(patients, key=lambda key: (order.get(key[0], 9), key))
+        ]
+
+    def write_contact_sheet(self, path: Path) -> None:
+        """Write a PNG: flagged slices first, some of each kind, then a sample over patients."""
+        reasons: dict[int, str] = {}
+        flagged = [finding for finding in self.findings if finding.rows]
+        share = max(2, (CELLS - 16) // max(1, len(flagged)))
+        for finding in flagged:
+            for i, reason in list(finding.rows.items())[:share]:
+                text = f"{finding.check}: {reason}" if reason != finding.check else reason
+                reasons[i] = f"{reasons[i]}; {text}" if i in reasons else text
+        chosen = list(reasons)[:CELLS]
+        first_of: dict[str, int] = {}
+        for i, row in enumerate(self.rows):
+            if i not in reasons:
+                first_of.setdefault(row.patient_id, i)
+        others, room = list(first_of.values()), CELLS - len(chosen)
+        chosen += others[:: max(1, -(-len(others) // room))] if room else []
+        cells = []
+        for i in chosen:
+            row = self.rows[i]
+            name = Path(row.image).name
+            caption = f"! {name}: {reasons[i]}" if i in reasons else f"{name} ({row.split})"
+            cells.append((self.reader.picture(row), caption))
+        panels.write_sheet(path, cells)
+
+
+def inspect(
+    folder: str | Path,
+    csv_file: str | Path | None = None,
+    root: str | Path | None = None,
+    *,
+    window: ct.Window = ct.DEFAULT_WINDOW,
+    contour_channels: int = 1,
+    split: Split | None = None,
+    workers: int = 0,
+) -> Inspection:
+    """Check the data set in a folder: label.csv, dataset.json and the files that they name.
+
+    csv_file and root: the table, and the folder its paths are relative to, where these are others.
+    window: HU that training makes -1 and 1. split: of patients, where no column says it. Reads all
+    slices, in `workers` processes. Raises ValueError where there is no table with rows.
     """
-    ids, owner = np.unique(np.asarray(patients), return_inverse=True)
-    if len(ids) < TURNED_PATIENTS:
-        return None
-    views, counts = views.astype(np.float64), np.bincount(owner)
-    trusted = np.ones(len(ids), bool)
-    for _ in range(2):  # the second time what looked turned is no example
-        scores = _uprightness(views, owner, trusted)
-        means = np.stack([np.bincount(owner, s) / counts for s in scores.T], axis=1)
-        if np.median(means[:, 0] - means[:, 1:].max(axis=1)) < AGREEMENT:
-            return None
-        trusted = means.argmax(axis=1) == 0
-    usual = max(np.median(means[:, 0] - means[:, 1]), AGREEMENT)
-    found, names = [], list(SYMMETRIES)
-    for i in range(len(ids)):
-        best = int(means[i].argmax())
-        margin = float((means[i, best] - means[i, 0]) / usual)
-        if margin > TURNED_MARGIN:
-            agreeing = float((scores[owner == i].argmax(axis=1) == best).mean())
-            found.append(
-                Turned(str(ids[i]), names[_INVERSE[best]], margin, int(counts[i]), agreeing)
-            )
-    return found
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected one with label.csv")
+    csv_file, root = Path(csv_file or folder / "label.csv"), Path(root or folder)
+    rows, notes, problems = parse_table(csv_file, root, split or Split())
+    rescale = ct.read_rescale(csv_file.parent) or ct.read_rescale(root)
+    reader = SliceReader(root, rescale, window, contour_channels)
+    readings = read_slices(rows, reader, workers)
 
-
-_INVERSE = [0, 1, 2, 3, 4, 6, 5, 7]  # of each symmetry: what must be applied was done the other way
-
-
-def _uprightness(views: np.ndarray, owner: np.ndarray, trusted: np.ndarray) -> np.ndarray:
-    """(N, 8): how upright each view looks after each symmetry, by ridge regression over folds.
-
-    owner: (N,) the patient's number; trusted: whether a patient may serve as an example.
-    """
-    turns = list(SYMMETRIES.values())
-    scores = np.zeros((len(views), len(turns)))
-    mean = np.mean([turn(views.mean(axis=0)) for turn in turns], axis=0)
-    views = views - mean
-    for fold in range(FOLDS):
-        unseen = owner % FOLDS == fold
-        seen = np.flatnonzero(~unseen & trusted[owner])
-        seen = seen[:: len(seen) // TRAINED + 1]
-        inputs = np.concatenate([turn(views[seen]).reshape(len(seen), -1) for turn in turns])
-        targets = np.full(len(inputs), -1 / (len(turns) - 1))
-        targets[: len(seen)] = 1
-        gram = inputs.T @ inputs / len(inputs)
-        ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-        weights = np.linalg.solve(gram + ridge, inputs.T @ targets / len(inputs))
-        for k, turn in enumerate(turns):
-            scores[unseen, k] = turn(views[unseen]).reshape(unseen.sum(), -1) @ weights
-    return scores
-
-
-class Copy(NamedTuple):
-    """Two slices of different patients that show the same."""
-
-    first: int
-    second: int
-    likeness: float
-
-
-def find_copies(thumbnails: np.ndarray, patients: Sequence[str]) -> list[Copy]:
-    """Pairs of rows of different patients that are one slice: shifted a little, brighter, recoded.
-
-    thumbnails: (N, THUMBNAIL, THUMBNAIL). Block by block, so that N = 20,000 fits in memory. Slices
-    of one patient resemble each other and are not compared.
-    """
-    owner = np.unique(np.asarray(patients), return_inverse=True)[1]
-    half = THUMBNAIL // 2
-    coarse = np.empty((len(thumbnails), half * half), np.float32)
-    for start in range(0, len(thumbnails), BLOCK):
-        part = thumbnails[start : start + BLOCK].astype(np.float32)
-        part = part.reshape(-1, half, 2, half, 2).mean(axis=(2, 4))
-        coarse[start : start + BLOCK] = detail(part).reshape(len(part), -1)
-    pairs: dict[tuple[int, int], float] = {}
-    for start in range(0, len(coarse), BLOCK):
-        for other in range(start, len(coarse), BLOCK):
-            likeness = coarse[start : start + BLOCK] @ coarse[other : other + BLOCK].T
-            mine, theirs = owner[start : start + BLOCK], owner[other : other + BLOCK]
-            likeness[mine[:, None] == theirs[None]] = -1
-            few = min(3, likeness.shape[1])  # suffice to name a copy
-            best = np.argpartition(-likeness, few - 1, axis=1)[:, :few]
-            values = np.take_along_axis(likeness, best, axis=1)
-            for i, j in np.argwhere(values > COPY_CANDIDATE):
-                a, b = start + int(i), other + int(best[i, j])
-                pairs[min(a, b), max(a, b)] = float(values[i, j])
-    likeliest = sorted(pairs, key=pairs.__getitem__, reverse=True)[:CANDIDATES]
-    found = [Copy(a, b, aligned_likeness(thumbnails[a], thumbnails[b])) for a, b in likeliest]
-    return [copy for copy in found if copy.likeness > COPY]
-
-
-def detail(images: np.ndarray) -> np.ndarray:
-    """Images (N, S, S) without what is coarse, each of mean 0 and norm 1."""
-    images = images - ndi.gaussian_filter(images, (0, DETAIL, DETAIL))
-    images = images - images.mean(axis=(1, 2), keepdims=True)
-    norm = np.sqrt((images**2).sum(axis=(1, 2), keepdims=True))
-    return images / np.maximum(norm, 1e-6)
-
-
-def aligned_likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the detail of two thumbnails (S, S), shifted against each other for the best.
-
-    Up to a pixel each way in steps of a half, then a quarter around the best of them.
-    """
-    a, b = (
-        t - ndi.gaussian_filter(t, DETAIL) for t in (a.astype(np.float32), b.astype(np.float32))
-    )
-    inner = np.s_[3:-3, 3:-3]
-    first = (a[inner] - a[inner].mean()).ravel()
-    tried: dict[tuple[float, float], float] = {}
-
-    def likeness(shift: tuple[float, float]) -> float:
-        if shift not in tried:
-            moved = ndi.shift(b, shift, order=3, mode="nearest")[inner]
-            second = (moved - moved.mean()).ravel()
-            norm = np.linalg.norm(first) * np.linalg.norm(second)
-            tried[shift] = float(first @ second / max(norm, 1e-6))
-        return tried[shift]
-
-    steps = (-1.0, -0.5, 0.0, 0.5, 1.0)
-    down, right = max(((y, x) for y in steps for x in steps), key=likeness)
-    near = (-0.25, 0.0, 0.25)
-    return max(likeness((down + y, right + x)) for y in near for x in near)
-
-
-def find_swapped(contours: np.ndarray, lungs: np.ndarray, rows: Sequence[int]) -> dict[int, int]:
-    """{row: other}, of `rows` those whose contour fits another row's lungs far better.
-
-    contours, lungs: (N, MASK, MASK) bool.
-    """
-    masks = lungs.reshape(len(lungs), -1).astype(np.float32)
-    areas, found = masks.sum(axis=1), {}
-    for row in rows:
-        mine = contours[row].reshape(-1).astype(np.float32)
-        fits = 2 * (masks @ mine) / np.maximum(areas + mine.sum(), 1)
-        other = int(fits.argmax())
-        if other != row and fits[other] > max(FITS, fits[row] + 0.1):
-            found[row] = other
-    return found
-
-
-def is_normalized_by_image(tops: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether each image was stretched to its own minimum and maximum, or percentiles.
-
-    tops, counts: (N,) each image's highest value and how many of its pixels have it. Where nearly
-    all reach the same top, but in a pixel or two or always in as many, it is the stretching that
-    made it so; a window cuts off as much bone as there is. False for less than 8 images.
-    """
-    at_top = np.isclose(tops, tops.max()) if len(tops) >= 8 else np.zeros(1, bool)
-    if at_top.mean() < 0.9:
-        return False
-    low, middle, high = np.percentile(counts[at_top], [10, 50, 90])
-    return bool(high <= 4 or high - low < 0.1 * middle)
+    found = Findings()
+    findings.check_table(found, rows, problems)
+    unchecked = check_slices(found, rows, readings, rescale)
+    notes = [note for note in notes if not note.startswith("WARNING")]  # a finding says it
+    if eight := sum(reading.is_8bit for reading in readings):
+        notes.insert(
+            0,
+            f"{eight} images have 8 bits and no dataset.json: 0 is taken as {window[0]:g} HU, 255 "
+            f"as {window[1]:g} HU (--window)",
+        )
+    return Inspection(rows, found.in_order(), [*notes, *unchecked], reader)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage as ndi
 
-from fibldm import ct, inspection
+from fibldm.likeness import THUMBNAIL, aligned_likeness, coarse_detail, thumbnails
 from fibldm.metrics import Score, interval, resamples
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
@@ -24,7 +24,7 @@ FOLDS = 50  # of the negative control, by patient
 BLOCK = 512  # slices at a time
 CANDIDATES = 3  # training slices of the highest coarse likeness, of which the nearest is sought
 SHIFT = 3 / 256  # of the side: by how much copies of the positive control are moved
-COARSE_STEP = SHIFT * inspection.THUMBNAIL / 2  # pixels of half a thumbnail, searched each way
+COARSE_STEP = SHIFT * THUMBNAIL / 2  # pixels of half a thumbnail, searched each way
 
 Images = Callable[[np.ndarray], np.ndarray]
 
@@ -88,7 +88,7 @@ class Privacy:
         self.heldout_patients = np.empty(0, str)
         blocks = [np.s_[i : i + BLOCK] for i in range(0, len(self.patients), BLOCK)]
         if train is not None:
-            parts = [_coarse(_thumbnails(train[b])).astype(np.float16) for b in blocks]
+            parts = [coarse_detail(thumbnails(train[b])).astype(np.float16) for b in blocks]
             self._coarse = np.concatenate(parts)
         if train_latents is not None:
             total = sum(np.asarray(train_latents[b], np.float64).sum(axis=0) for b in blocks)
@@ -133,9 +133,9 @@ class Privacy:
 
     def _nearest_pixels(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # The likeliest few at half a thumbnail's size, moved a little each way.
-        thumbnails = _thumbnails(images)
+        small = thumbnails(images)
         steps = (-COARSE_STEP, 0.0, COARSE_STEP)
-        moved = [_coarse(thumbnails, (y, x)) for y in steps for x in steps]
+        moved = [coarse_detail(small, (y, x)) for y in steps for x in steps]
         likeness = np.empty((len(images), 0), np.float32)
         rows = np.empty((len(images), 0), int)
         for start in range(0, len(self.patients), BLOCK):
@@ -153,8 +153,8 @@ class Privacy:
         # Of these the one that is likest when aligned.
         distances, nearest = np.empty(len(images)), np.empty(len(images), int)
         for i, candidates in enumerate(rows):
-            others = _thumbnails(np.stack([self.train[int(row)] for row in candidates]))
-            found = [inspection.aligned_likeness(thumbnails[i], other) for other in others]
+            others = thumbnails(np.stack([self.train[int(row)] for row in candidates]))
+            found = [aligned_likeness(small[i], other) for other in others]
             distances[i] = 1 - max(found)
             nearest[i] = candidates[int(np.argmax(found))]
         return distances, nearest
@@ -375,16 +375,3 @@ def _correlated(values: np.ndarray) -> np.ndarray:
     flat = values.reshape(len(values), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-
-
-def _thumbnails(images: np.ndarray) -> np.ndarray:
-    return ct.fit_square(images, inspection.THUMBNAIL, -1)
-
-
-def _coarse(thumbnails: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-    """Thumbnails (n, S, S) -> what is fine in them at half the size, moved, as (n, S * S / 4)."""
-    half = inspection.THUMBNAIL // 2
-    small = thumbnails.reshape(-1, half, 2, half, 2).mean(axis=(2, 4))
-    if any(shift):
-        small = ndi.shift(small, (0, *shift), order=1, mode="nearest")
-    return inspection.detail(small).reshape(len(small), -1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fibldm import ct, dicom, limits, volumes
-from fibldm.inspection import hu_problem
+from fibldm.anatomy import hu_problem
 from fibldm.tables import SPLITS, read_csv
 
 SUFFIXES = (

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fibldm import distributed
+from fibldm.anatomy import hu_problem
 from fibldm.batches import item_noise
 from fibldm.ct import unit_to_hu
 from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
 from fibldm.features import Networks, missing_weights
-from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice, set_distances
 from fibldm.optim import Precision

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fibldm import ct, dicom, disk
+from fibldm.anatomy import hu_problem
 from fibldm.cli import (
     add_workers_option,
     fraction,
@@ -35,7 +36,6 @@ from fibldm.cli import (
     positive_float,
     run_script,
 )
-from fibldm.inspection import hu_problem
 from fibldm.lungs import lung_mask
 from fibldm.series import LeftOut, Options, Series, find_series, read_series
 from fibldm.tables import format_csv, read_csv

