@@ -4,6 +4,8 @@
 """
 
 import functools
+import hashlib
+import json
 import math
 import platform
 import shlex
@@ -15,6 +17,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Protocol, TypeVar
 
+import safetensors.torch
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -82,8 +85,11 @@ def load(path: str | Path, kind: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a {kind} checkpoint")
     try:
-        require_stored(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == WEIGHTS_ALONE:
+            content = _load_weights(path)
+        else:
+            require_stored(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can lead to any
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
@@ -108,6 +114,56 @@ def load(path: str | Path, kind: str) -> dict:
     if "lineage" in content:
         content["lineage"] = Content(path, content["lineage"])
     return content
+
+
+# Weights for others: safetensors, with all else that a model's checkpoint says as JSON.
+
+WEIGHTS_ALONE = ".safetensors"
+
+
+def export_weights(path: str | Path, kind: str, output: Path) -> dict:
+    """Write a model's checkpoint as safetensors; return what it says besides the weights.
+
+    What could name patients or this machine's paths is left out: the environment.
+    """
+    content = load(path, kind)
+    state = {name: tensor.contiguous() for name, tensor in content["state"].items()}
+    facts = {n: v for n, v in content.items() if n not in ("state", "environment")}
+    facts |= {"lineage": dict(content["lineage"]), "sha256": source_hash(path)}
+    facts["weights_sha256"] = _weights_hash(state)
+    content = safetensors.torch.save(state, {"fibldm": json.dumps(facts)})
+    disk.write_atomically(output, lambda temporary: temporary.write_bytes(content))
+    return facts
+
+
+def _load_weights(path: Path) -> dict:
+    """What `export_weights` wrote, as a checkpoint; ValueError where the weights changed since."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        content = json.loads((file.metadata() or {}).get("fibldm", "{}"))
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not isinstance(content, dict) or content.get("weights_sha256") != _weights_hash(state):
+        raise ValueError("its weights are not as they were written (SHA-256)")
+    return {**content, "state": state}
+
+
+def _weights_hash(state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def source_hash(path: str | Path) -> str:
+    """The SHA-256 by which lineage names a model's file; exported weights keep that of theirs."""
+    path = Path(path)
+    if path.suffix == WEIGHTS_ALONE and path.is_file():
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return str(json.loads(file.metadata()["fibldm"])["sha256"])
+        except Exception as error:  # damaged, or another's
+            raise ValueError(f"{path}: not exported by scripts/export_weights.py") from error
+    return disk.file_hash(path)
 
 
 def _is_text(value: object) -> bool:

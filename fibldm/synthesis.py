@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fibldm import ct, export
 from fibldm.batches import item_noise
-from fibldm.checkpoint import load_model, require_equal
+from fibldm.checkpoint import load_model, require_equal, source_hash
 from fibldm.controlnet import ControlNet, make_denoiser
-from fibldm.disk import file_hash
 from fibldm.optim import Precision
 from fibldm.privacy import LATENTS, PIXELS, Privacy
 from fibldm.samplers import SAMPLERS, guide
@@ -142,33 +141,35 @@ class Synthesizer:
     ) -> "Synthesizer":
         """Load vae_best.pth, unet_best.pth and controlnet_best.pth; without U-Net no sampling.
 
-        Raises ValueError where a file is damaged, or was trained with another of them.
+        Or give, as `vae`, the folder that scripts/export_weights.py wrote. Raises ValueError where
+        a file is damaged, or was trained with another of them.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device, lineage = torch.device(device), [file_hash(f) for f in (vae,) if Path(f).is_file()]
-        vae_model, content = load_model(vae, VAE)
-        facts: dict = {"window": tuple(content["window"])}
-        unet_model = controlnet_model = None
+        if Path(vae).is_dir():  # of scripts/export_weights.py
+            files = [Path(vae) / f"{model.kind}.safetensors" for model in (VAE, UNet, ControlNet)]
+            vae, unet, controlnet = files[0], *(f if f.is_file() else None for f in files[1:])
         if unet is None and controlnet is not None:
             raise ValueError(f"{controlnet}: a ControlNet steers a U-Net: give its unet_best.pth")
+        device = torch.device(device)
+        vae_model, content = load_model(vae, VAE)
+        facts, lineage = {"window": tuple(content["window"])}, [source_hash(vae)]
+        unet_model = controlnet_model = None
         if unet is not None:
             unet_model, content = load_model(unet, UNet)
-            require_equal(
-                f"{unet}: the SHA-256 of the VAE it was trained with",
-                content["lineage"]["vae"], lineage[0], f"give that VAE, not {vae}",
-            )  # fmt: skip
-            lineage.append(file_hash(unet))
-            facts["classes"] = content["classes"]
-            facts |= {name: content.get(name) for name in ("contour_style", "pixel_spacing")}
+            what, found = f"{unet}: the SHA-256 of its VAE", content["lineage"]["vae"]
+            require_equal(what, found, lineage[0], f"give the VAE it was trained with, not {vae}")
+            lineage.append(source_hash(unet))
+            facts |= {n: content.get(n) for n in ("classes", "contour_style", "pixel_spacing")}
             unet_model = unet_model.to(device)
         if controlnet is not None:
             controlnet_model, content = load_model(controlnet, ControlNet, unet_model)
-            require_equal(
+            what, remedy = (
                 f"{controlnet}: the SHA-256 of the U-Net it was trained with",
-                content["lineage"]["unet"], lineage[1], f"give that U-Net, not {unet}",
-            )  # fmt: skip
-            lineage.append(file_hash(controlnet))
+                "give that",
+            )
+            require_equal(what, content["lineage"]["unet"], lineage[1], f"{remedy}, not {unet}")
+            lineage.append(source_hash(controlnet))
             controlnet_model = controlnet_model.to(device)
         return cls(
             vae_model.to(device), unet_model, controlnet_model, **facts,

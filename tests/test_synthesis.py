@@ -223,7 +223,9 @@ def test_models_that_do_not_belong_together_are_refused(stages, tmp_path):
     other = tmp_path / "vae.pth"
     content = torch.load(vae, weights_only=True)
     torch.save({**content, "step": 1}, other)
-    with pytest.raises(ValueError, match=r"the VAE it was trained with.*give that VAE, not"):
+    with pytest.raises(
+        ValueError, match=r"SHA-256 of its VAE.*give the VAE it was"
+    ):
         Synthesizer.from_checkpoints(other, unet)
     with pytest.raises(ValueError, match="sampling needs a U-Net"):
         Synthesizer.from_checkpoints(vae).sample()
