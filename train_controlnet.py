@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fibldm import distributed
 from fibldm.batches import Batches, seed_dropout
-from fibldm.checkpoint import load_model, require_equal
+from fibldm.checkpoint import load_model, require_equal, source_hash
 from fibldm.cli import (
     add_machine_options,
     add_training_options,
@@ -22,7 +22,6 @@ from fibldm.cli import (
 )
 from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.datasets import Views
-from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset, encode_csv, training_batches
 from fibldm.optim import EMA, Precision, clip_gradients, learning_rate, optimizer_step
 from fibldm.run import Run
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     require_equal(
         f"{args.unet_checkpoint}: the SHA-256 of the VAE it was trained with",
         unet_content["lineage"]["vae"],
-        file_hash(args.vae_checkpoint),
+        source_hash(args.vae_checkpoint),
         f"give the VAE that encoded its latents, not {args.vae_checkpoint}",
     )
     unet_channels = unet.config["contour_channels"]
@@ -118,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
             run.say(note)
     data = LatentDataset(folder)
     data.require_shape(args.latent_dim, args.latent_size, args.contour_channels)
-    lineage = {**data.lineage(args.vae_checkpoint), "unet": file_hash(args.unet_checkpoint)}
+    lineage = {**data.lineage(args.vae_checkpoint), "unet": source_hash(args.unet_checkpoint)}
     data.use_classes(unet_content["classes"])
     style = unet_content.get("contour_style")
     if style and data.contour_style:

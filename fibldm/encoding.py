@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fibldm import ct, distributed, limits
 from fibldm.batches import Batches, item_noise, item_uniform
-from fibldm.checkpoint import environment, require_equal
+from fibldm.checkpoint import environment, require_equal, source_hash
 from fibldm.datasets import CTDataset, Views, ahead, chunks, load_slices, to_device
 from fibldm.disk import StoredRows, create_rows, file_hash, sync_folder
 from fibldm.tables import Row, Split, read_csv, read_table, write_csv
@@ -181,7 +181,7 @@ def encode_csv(
     )
     facts = {
         "views": list(astuple(views)),
-        "vae_sha256": file_hash(vae_file),
+        "vae_sha256": source_hash(vae_file),
         "label_csv_sha256": file_hash(csv_file),
         "files_sha256": dataset.fingerprint(),
         "split": vae_content["split"],
@@ -333,7 +333,7 @@ class LatentDataset:
         absent = [name for name, digest in hashes.items() if not isinstance(digest, str)]
         if absent:
             raise ValueError(f"{self.folder}: meta.json has no SHA-256 of {absent}; encode again")
-        vae = file_hash(vae_file) if Path(vae_file).is_file() else "no such file"
+        vae = source_hash(vae_file) if Path(vae_file).is_file() else "no such file"
         require_equal(
             f"{vae_file}: its SHA-256",
             vae,

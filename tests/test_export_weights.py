@@ -107,3 +107,10 @@ def test_damaged_weights_are_refused(at, exported, tmp_path):
     (tmp_path / "vae.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"vae\.safetensors: (cannot be read|not exported)"):
         Synthesizer.from_checkpoints(tmp_path / "vae.safetensors", device="cpu")
+
+
+def test_exported_weights_go_on_in_later_stages(stages, exported):
+    data = LatentDataset(stages / "latents")
+    assert data.lineage(exported / "vae.safetensors") == data.lineage(
+        stages / "vae" / "vae_best.pth"
+    )

@@ -223,9 +223,7 @@ def test_models_that_do_not_belong_together_are_refused(stages, tmp_path):
     other = tmp_path / "vae.pth"
     content = torch.load(vae, weights_only=True)
     torch.save({**content, "step": 1}, other)
-    with pytest.raises(
-        ValueError, match=r"SHA-256 of its VAE.*give the VAE it was"
-    ):
+    with pytest.raises(ValueError, match=r"SHA-256 of its VAE.*give the VAE it was"):
         Synthesizer.from_checkpoints(other, unet)
     with pytest.raises(ValueError, match="sampling needs a U-Net"):
         Synthesizer.from_checkpoints(vae).sample()
