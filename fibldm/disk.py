@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; what the disk says comes with the file's name."""
+"""Files that are written whole or not at all; errors of the disk that name the file."""
 
 import contextlib
 import errno

@@ -20,10 +20,10 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position: what is far away changes nothing.
+    """Layer norm over the channels of each position.
 
-    Unlike group norm it keeps a place's code free of the rest of its slice, and in channels-last
-    memory its backward is several times faster.
+    Group norm averages over the whole slice; here no position depends on the others. In
+    channels-last memory its backward pass is several times faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Residual self-attention over all positions.
 
-    Queries and keys are normalized (arXiv 2302.05442), so that logits stay bounded in fp16. It is
-    written out: for maps of at most some hundred positions torch's own is slower on a CPU.
+    Queries and keys are normalized (arXiv 2302.05442), so that logits stay bounded in fp16. For
+    maps of at most some hundred positions this code is faster on a CPU than torch's own attention.
     """
 
     def __init__(self, channels: int, head_channels: int = 64) -> None:
@@ -97,10 +97,10 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then an MLP of each position, scaled and shifted by the embedding.
+    """Self-attention, then an MLP at each position, scaled and shifted by the embedding.
 
-    For the smallest maps, where each position concerns each other (Hoogeboom et al. 2023, "Simple
-    diffusion", arXiv 2301.11093): a weight costs a ninth of a 3x3 convolution's there.
+    Used for the smallest maps (Hoogeboom et al. 2023, "Simple diffusion", arXiv 2301.11093). A
+    weight here costs a ninth of the arithmetic of a weight in a 3x3 convolution.
     """
 
     def __init__(self, channels: int, emb_channels: int, dropout: float = 0.0) -> None:
@@ -128,7 +128,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """A 1x1 convolution, then nearest-neighbour upsampling: the work is done at the small size."""
+    """A 1x1 convolution at the small size, then nearest-neighbour upsampling."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)

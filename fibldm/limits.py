@@ -33,7 +33,7 @@ MAT_VALUES = {*range(1, 8), 9, 12, 13}  # kinds of its values: int8 to single, d
 
 
 class Bounded(io.BufferedReader):
-    """A file that takes room for no more bytes than it has, whatever is read of it."""
+    """A file object that allocates no more bytes than the file has, however many are asked for."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -75,9 +75,10 @@ def read_json(path: Path) -> Any:
 
 
 def require_stored(path: Path) -> None:
-    """ValueError where a checkpoint is not what torch.save writes: a ZIP file whose parts are not
-    compressed and have the checksums that it gives. torch.load would also take older forms, parts
-    that inflate, and bytes that were changed.
+    """ValueError where a checkpoint is not as torch.save writes it.
+
+    That is a ZIP file with uncompressed parts and right checksums. torch.load would also take older
+    forms, parts that inflate, and bytes that were changed.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # what torch.load takes for another form
@@ -98,16 +99,15 @@ def require_stored(path: Path) -> None:
 
 
 def require_tiff(path: Path, file: TiffFile, most: int) -> None:
-    """ValueError where the first picture is too large; and an end to a chain of pages that bites
-    its own tail, along which `series` would go on for ever.
-    """
-    len(file.pages)
+    """ValueError where the first picture has more than `most` values."""
+    len(file.pages)  # ends a circular chain of pages, which `series` would follow for ever
     require_values(path, file.series[0].shape, most)
 
 
 def require_nifti(path: Path) -> None:
-    """ValueError where a NIfTI header puts the voxels so far back that reading up to them would
-    fill the memory; nibabel reads what lies between.
+    """ValueError where a NIfTI header puts the voxels far behind itself.
+
+    nibabel reads all bytes before the voxels, which could fill the memory.
     """
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     with opened(path, "rb") as file:
@@ -143,9 +143,10 @@ def require_inflatable(deflated: bytes, most: int, wbits: int = -zlib.MAX_WBITS)
 
 
 def require_mat(path: Path) -> set[bytes]:
-    """The names of a MATLAB 5 file's complex arrays; ValueError where what it says of its arrays
-    does not fit together: SciPy takes the room that values are said to need, whatever their shape,
-    and may crash on parts of another kind.
+    """The names of a MATLAB 5 file's complex arrays; ValueError where its headers contradict.
+
+    SciPy would allocate the bytes that a header claims, whatever the array's shape, and it may
+    crash on parts of another kind.
     """
     names = set()
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The perceptual loss of the VAE where LPIPS cannot be had, and the views that both look at."""
+"""The VAE's perceptual loss without LPIPS, and the random shifts before either loss."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def structural_similarity(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
-    """SSIM (Wang et al. 2004) of x and y (N, 1, H, W) in [-1, 1], even windows -> (N,).
+    """SSIM (Wang et al. 2004) of x and y (N, 1, H, W) in [-1, 1], with uniform windows -> (N,).
 
-    Only windows that lie wholly inside count: without padding its gradient is deterministic.
+    Only windows that lie wholly inside count. Without padding the gradient is deterministic.
     """
     xx, yy, xy = x.square(), y.square(), x * y
     mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(v, window, 1) for v in (x, y, xx, yy, xy))
@@ -20,11 +20,10 @@ def structural_similarity(x: Tensor, y: Tensor, window: int = 7) -> Tensor:
 
 
 def structural_loss(x: Tensor, y: Tensor) -> Tensor:
-    """L1 of gradients, and 0.1 (1 - SSIM), of x and y at three scales of 1, 1/2, 1/4 -> (N,).
+    """L1 of gradients plus 0.1 (1 - SSIM), of x and y at the scales 1, 1/2 and 1/4 -> (N,).
 
-    x, y: (N, 1, H, W) in [-1, 1]. Keeps edges and texture where no perceptual network is at hand;
-    needs no weights. Computed in fp32: autocast leaves pooling alone. SSIM counts at scales of 7
-    pixels and more.
+    x, y: (N, 1, H, W) in [-1, 1]. Keeps edges and texture without a perceptual network. Computed in
+    fp32. SSIM counts at scales of 7 pixels and more.
     """
     x, y = x.float(), y.float()
     total = x.new_zeros(x.shape[0])
@@ -38,10 +37,10 @@ def structural_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def view_at(x: Tensor, uniform: Tensor, margin: int) -> Tensor:
-    """Views (N, C, H, W) of slices x, of that shape, moved up and left by 0 to `margin` pixels.
+    """Slices x (N, C, H, W), moved up and left by 0 to `margin` pixels.
 
-    uniform (N, 2) in [0, 1) says how far; what comes in is air, -1. LPIPS's network samples on a
-    grid of 4 pixels: seen from one offset alone, it teaches a pattern on that grid.
+    uniform (N, 2) in [0, 1) says how far. The free border becomes air, -1. LPIPS's network samples
+    on a grid of 4 pixels. Without random shifts it would teach a pattern on that grid.
     """
     height, width = x.shape[2:]
     x = F.pad(x, (0, margin, 0, margin), value=-1.0)

@@ -27,8 +27,8 @@ NO_LABEL = -1
 def contour_condition(contour: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
     """Contour (N, K, H, W) in {0, 1} -> the U-Net's input (N, K + 1, size, size) in [0, 1].
 
-    Averaged down to the latent's size, with one channel of ones that says "a contour is given".
-    Where `keep` (N,) is false all channels are 0: no contour, which is not "no lungs".
+    The contour is averaged down to the latent's size. One more channel of ones says "a contour is
+    given". For items whose `keep` (N,) is false all channels are 0: the contour is unknown.
     """
     contour = F.adaptive_avg_pool2d(contour.float(), size)
     condition = torch.cat([contour, torch.ones_like(contour[:, :1])], dim=1)
@@ -36,9 +36,9 @@ def contour_condition(contour: Tensor, size: int, keep: Tensor | None = None) ->
 
 
 def blocks_per_level(blocks: int | Sequence[int] | None, levels: int) -> tuple[int, ...]:
-    """One number for each level; given are these, or one for all, or None: 1, and 3 at the last.
+    """The number of blocks at each level, from one number for each level, one for all, or None.
 
-    ValueError where there are others.
+    None gives 1 at each level and 3 at the last. Raises ValueError for another count of numbers.
     """
     if blocks is None:
         return (*[1] * (levels - 1), 3)
@@ -69,7 +69,7 @@ class Attended(nn.Module):
 def stage(
     channels: int, emb_channels: int, dropout: float, size: int, attend: bool = False
 ) -> nn.Module:
-    """What works on feature maps of this size, (x, emb) -> x; with `attend` always by attention."""
+    """The block for feature maps of this size: (x, emb) -> x. `attend` asks for attention."""
     if size <= TRANSFORMER_MAX_SIZE:
         return TransformerBlock(channels, emb_channels, dropout)
     kind = Attended if attend or size <= ATTENTION_MAX_SIZE else ResBlock
@@ -158,7 +158,7 @@ class UNetEncoder(nn.Module):
 
 
 class Merge(nn.Conv2d):
-    """A 1x1 convolution of what comes from below and a skip: 3x3 ones at double width cost more."""
+    """Join features and a skip connection by a 1x1 convolution, which costs less than a 3x3 one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(2 * channels, channels, 1)

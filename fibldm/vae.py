@@ -1,11 +1,12 @@
 """The VAE: a 2D slice to a small latent and back (Kingma & Welling 2013; Rombach et al. 2022).
 
-Pixels are moved into channels first (pixel-unshuffle), since work at full resolution is what
-costs; 256x256 becomes (8, 16, 16) at the defaults. An untrained VAE is a truncated cosine transform
-(Ahmed et al. 1974; JPEG's), so that training adds what is not linear to a code that works.
+Pixels are moved into channels first (pixel-unshuffle), since work at full resolution is expensive.
+256x256 becomes (8, 16, 16) at the defaults. An untrained VAE is a truncated cosine transform (Ahmed
+et al. 1974), as in JPEG. Training adds what is not linear.
 
-What a latent has no room for, the finest texture, the decoder knows by its strength alone, and
-draws: its mean alone would be blurred (what video codecs call film grain).
+The finest texture does not fit into a latent, and a decoder that gives only the mean blurs it. So
+the decoder also predicts the strength of this texture in each place, and draws it at random. Video
+codecs call such texture film grain.
 """
 
 import math
@@ -112,8 +113,8 @@ class Decoder(nn.Module):
     """(N, C, h, w) -> p(x | z): mean and log-variance, each (N, 1, H, W).
 
     The mean has a linear shortcut that starts as the encoder's inverse. The last convolution, at
-    full resolution, hides the borders of patches. The log-variance, of the grain, is read off the
-    features and sends no gradient into them.
+    full resolution, hides the borders of patches. The log-variance is that of the grain. It is
+    computed from the features and sends no gradient into them.
     """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
@@ -251,7 +252,7 @@ class VAE(nn.Module):
 
 
 def clipped(x: Tensor) -> Tensor:
-    """Decoded slices, clipped to [-1, 1]: the window has nothing beyond."""
+    """Decoded slices, clipped to [-1, 1], the range of the window."""
     return F.hardtanh(x)
 
 
@@ -266,8 +267,10 @@ SLOPE = 2.7  # power falls as frequency ** -2.7 in the lungs of 40 patients
 
 @cache
 def _bands(size: int) -> tuple[Tensor, Tensor]:
-    """Of the frequencies that rfft2 gives for size x size: 1 in the grain's band, 0 below it; and
-    the gain that gives white noise its spectrum there, with variance 1.
+    """The grain's band and spectrum over the frequencies of rfft2 for size x size pixels.
+
+    The band is 1 at the grain's frequencies and 0 below. The gain turns white noise into grain of
+    variance 1.
     """
     with torch.device("cpu"):  # it is kept, whatever the default device is now
         at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
@@ -280,7 +283,7 @@ def _bands(size: int) -> tuple[Tensor, Tensor]:
 
 
 def fine_scale(x: Tensor) -> Tensor:
-    """What of x (N, 1, S, S) is above CUTOFF; fp32."""
+    """The part of x (N, 1, S, S) at spatial frequencies above CUTOFF; fp32."""
     band = _bands(x.shape[-1])[0].to(x.device)
     return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
 
@@ -292,9 +295,10 @@ def grain(noise: Tensor) -> Tensor:
 
 
 def moved(field: Tensor, uniform: Tensor) -> Tensor:
-    """Copies (N, 1, S, S) of a grain (1, 1, S, S), which is periodic, moved by uniform (N, 2) of S.
+    """Copies (N, 1, S, S) of a periodic grain (1, 1, S, S), shifted by `uniform` (N, 2) of S.
 
-    uniform in [0, 1). As good as new grain, and free: a draw for each slice takes 1.5 ms of a CPU.
+    uniform: in [0, 1). A shifted grain is as good as a new one, and drawing a new one for each
+    slice takes 1.5 ms of a CPU.
     """
     offsets = (uniform * field.shape[-1]).long().tolist()
     return torch.cat([field.roll(offset, dims=(2, 3)) for offset in offsets])
@@ -306,12 +310,11 @@ def local_power(x: Tensor) -> Tensor:
 
 
 def grain_loss(mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
-    """exp(logvar) - lacking * logvar, mean over pixels; lacking: power that the mean lacks of x.
+    """exp(logvar) - lacking * logvar, averaged over pixels: the loss of the grain's log-variance.
 
-    All are (N, 1, S, S), power is that of the fine scale. Its derivative by logvar is exp(logvar) -
-    lacking (Poisson regression's): at the best estimate both have the same sum over all places that
-    the decoder does not tell apart, so that decoded slices have the power of real ones, also where
-    the mean has some of its own that is not x's. The mean learns nothing.
+    mean, logvar, x: (N, 1, S, S). `lacking` is the fine-scale power that x has and the mean has
+    not. The derivative by logvar is exp(logvar) - lacking, as in Poisson regression. So at the
+    minimum decoded slices have the fine-scale power of real ones. No gradient goes to the mean.
     """
     lacking = local_power(x) - local_power(mean.detach())
     return (torch.exp(logvar.float()) - lacking * logvar.float()).mean()
