@@ -161,8 +161,11 @@ def encode_csv(
     views: Views,
     overwrite: bool = False,
     remedy: str = "use --overwrite",
+    dry_run: bool = False,
 ) -> list[str]:
     """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
+
+    With `dry_run` it is only checked that this can begin.
 
     Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
     from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
@@ -211,6 +214,9 @@ def encode_csv(
         )
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
     sizes, _ = dataset.check()  # also a barrier: no rank sees what another is about to write
+    if dry_run:
+        what = f"{len(dataset)} latents of {len(rows)} slices"
+        return [*notes, f"--dry_run: {what} can be encoded into {folder}"]
     facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)
 
