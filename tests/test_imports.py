@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "inspection": {"anatomy", "ct", "findings", "likeness", "limits", "panels", "tables"},
     "metrics": {"features"},
     "features": set(),
+    "weights": {"features"},
     "privacy": {"likeness", "metrics"},
     "disease": {"ct", "metrics"},
     "plots": set(),
