@@ -168,7 +168,8 @@ class SampleFolder:
 
         They are read from the files: what is given away is what is measured.
         """
-        images, agreement, rescale = [], [], export.png_info(window).rescale
+        images, agreement = [], []
+        rescale = export.png_info(window).rescale if self.suffix == ".png" else None
         for i in indices:
             hu = ct.read_hu(self.path(i), rescale, window)
             if len(images) < shown:

@@ -131,6 +131,13 @@ def test_png_samples_are_a_data_set_that_is_read_as_hu(drawn):
         assert not (drawn[name] / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("file_format", ["npy", "nifti", "dicom"])
+def test_the_grid_shows_the_same_samples_whatever_the_format(file_format, drawn):
+    grids = [Image.open(drawn[name] / "grid.png").convert("L") for name in ("png", file_format)]
+    png, other = (np.asarray(grid, dtype=int) for grid in grids)
+    assert png.std() > 20 and np.abs(png - other).max() <= 2
+
+
 def test_another_format_leaves_no_scale_of_the_last(stages, tmp_path):
     folder = draw(stages, tmp_path / "out", "--num_samples", "2", "--format", "png")
     assert (folder / "dataset.json").is_file()
