@@ -23,8 +23,8 @@ import train_controlnet
 import train_ldm_unet
 from fibldm import ct, export
 from fibldm.checkpoint import load_model
+from fibldm.conditions import read_contours
 from fibldm.encoding import LatentDataset
-from fibldm.samples import request_from_files
 from fibldm.synthesis import Synthesizer
 from fibldm.unet import UNet
 
@@ -471,9 +471,9 @@ def test_masks_given_to_a_u_net_of_outlines_become_outlines(stages, data):
     model = Synthesizer.from_checkpoints(
         stages / "vae" / "vae_best.pth", stages / "unet" / "unet_best.pth", device="cpu"
     )
-    model.contour_style = "outline"
+    form = model.contour_form._replace(style="outline")
     masks = np.stack([np.asarray(Image.open(p)) > 0 for p in sorted(data.glob("contours/*"))])
-    request, notes = request_from_files(data / "contours", model)
+    asked, notes = read_contours(data / "contours", form)
     drawn = [ct.outline_mask(mask[None])[0] for mask in masks]
-    np.testing.assert_array_equal(request.contours[:, 0], drawn)
+    np.testing.assert_array_equal(asked.contours[:, 0], drawn)
     assert "24 of 24 contours are masks: their outlines are taken" in notes[0]

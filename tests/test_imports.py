@@ -49,12 +49,13 @@ MAY_IMPORT = {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
         *("unet", "vae"),
     },
+    "conditions": {"ct", "encoding", "tables", "unet"},
     "synthesis": {
-        *("batches", "checkpoint", "controlnet", "ct", "disk", "export", "optim", "privacy"),
+        *("batches", "checkpoint", "conditions", "controlnet", "ct", "export", "optim", "privacy"),
         *("samplers", "scheduler", "unet", "vae"),
     },
     "samples": {
-        *("ct", "disk", "encoding", "export", "limits", "lungs", "metrics"),
+        *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),
         *("panels", "synthesis", "tables"),
     },
     "evaluation": {
