@@ -25,7 +25,7 @@ from fibldm.cli import (
     run_script,
 )
 from fibldm.ct import DEFAULT_WINDOW
-from fibldm.datasets import CTDataset, chunks, load_batches, shift_slices
+from fibldm.datasets import CHECKED, CTDataset, chunks, load_batches, shift_slices
 from fibldm.features import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.losses import structural_loss, view_at
 from fibldm.optim import EMA, Muon, Precision, clip_gradients, learning_rate, optimizer_step
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     train_rows, val_rows = data.indices("train"), data.indices("val")
     for note in notes + data.notes():
         run.say(note)
-    _, bad_rows = data.check()
+    _, bad_rows = data.check(run.folder / CHECKED)
     looked_at = [train_rows[i] for i in evenly(len(train_rows), LOOKED_AT)]
     run.warn(input_warnings({rows[i].image: data.read_or_replace(i)[0] for i in looked_at}))
 

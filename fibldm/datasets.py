@@ -1,5 +1,6 @@
 """Slices of label.csv as tensors, and latents encoded from them."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -21,9 +22,13 @@ from tqdm import tqdm
 
 from fibldm import ct, distributed
 from fibldm.batches import item_generator, next_row
+from fibldm.disk import replace_text
+from fibldm.limits import TEXT, read_json
 from fibldm.tables import Row, list_some
 
 Item = TypeVar("Item")
+CHECKED = "checked.json"  # in a run's folder: the files that could be read
+READING = 1  # to be raised when another version reads files in another way
 NOTHING = -1  # where fewer rows are unreadable
 SHARED_MEMORY = "/dev/shm"
 
@@ -150,11 +155,9 @@ class CTDataset(Dataset):
 
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and sizes and of their scale: whether the data changed."""
-        files = [
-            (name, (self.root / name).stat().st_size)
-            for row in self.rows[: self.slices]
-            for name in (row.image, row.contour)
-        ]
+        names = [n for row in self.rows[: self.slices] for n in (row.image, row.contour)]
+        found = stat_files([self.root / name for name in names])
+        files = [(name, file.st_size) for name, file in zip(names, found, strict=True)]
         return hashlib.sha256(json.dumps([self.rescale, files]).encode()).hexdigest()
 
     def notes(self) -> list[str]:
@@ -179,34 +182,82 @@ class CTDataset(Dataset):
             )
         return notes
 
-    def check(self) -> tuple[set[tuple[int, int]], list[int]]:
-        """Decode every file, shared over the ranks; return their sizes (H, W) and the bad rows.
+    def check(
+        self, record: Path | None = None, update: bool = True
+    ) -> tuple[set[tuple[int, int]], list[int]]:
+        """Decode the files, shared over the ranks; return their sizes (H, W) and the bad rows.
 
-        Raises ValueError with a list of the bad ones where they are more than `max_bad`.
+        record: a file in which to note those that could be read. What it has of an earlier check,
+        with the same size and time of change, is not decoded again; without `update` it is only
+        read. Raises ValueError with a list of the bad rows where they are more than `max_bad`.
         """
-
-        def problem_or_size(row: int) -> str | tuple[int, int]:
-            distributed.alive()
-            try:
-                return self.read_pair(row)[0].shape
-            except ValueError as error:
-                return str(error)
-
         mine = distributed.share(self.slices)
-        quiet = None if distributed.is_main() else True
+        known, versions = self._read_record(record), self._versions(mine)
+        unknown = [row for row, version in zip(mine, versions, strict=True) if version not in known]
+        quiet = None if distributed.is_main() and unknown else True
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            looked_at = pool.map(problem_or_size, mine)
-            found = list(tqdm(looked_at, "checking files", len(mine), disable=quiet))
-        everywhere = [result for part in distributed.gather(found) for result in part]
-        bad = [row for row, result in enumerate(everywhere) if isinstance(result, str)]
+            decoded = pool.map(self._size_or_problem, unknown)
+            found = list(tqdm(decoded, "checking files", len(unknown), disable=quiet))
+        results = dict(zip(unknown, found, strict=True))
+        checked = [
+            (version, results[row] if row in results else known[version])
+            for row, version in zip(mine, versions, strict=True)
+        ]
+        everywhere = [pair for part in distributed.gather(checked) for pair in part]
+        sound = {pair[0]: pair[1] for pair in everywhere if not isinstance(pair[1], str)}
+        if record is not None and update and distributed.is_main() and sound != known:
+            self._write_record(record, sound)
+        bad = [row for row, (_, result) in enumerate(everywhere) if isinstance(result, str)]
         if len(bad) > self.max_bad:
-            problems = [everywhere[row] for row in bad]
+            problems = [everywhere[row][1] for row in bad]
             short = [text.replace(f"; {ct.SCALE_REMEDY}", "") for text in problems]
             remedy = "" if short == problems else f"\n{ct.SCALE_REMEDY}"
             raise ValueError(
                 f"{len(problems)} of {self.slices} rows are bad:{list_some(short)}{remedy}"
             )
-        return {result for result in everywhere if not isinstance(result, str)}, bad
+        return set(sound.values()), bad
+
+    def _size_or_problem(self, row: int) -> str | tuple[int, int]:
+        distributed.alive()
+        try:
+            return self.read_pair(row)[0].shape
+        except ValueError as error:
+            return str(error)
+
+    def _versions(self, rows: Sequence[int]) -> list[str]:
+        """What each row's files are hashed to: their names, sizes and times of change."""
+        names = [(self.rows[row].image, self.rows[row].contour) for row in rows]
+        found = stat_files([self.root / name for pair in names for name in pair])
+        facts = [(file.st_size, file.st_mtime_ns) for file in found]
+        return [
+            hashlib.sha256(repr((*pair, *facts[2 * i : 2 * i + 2])).encode()).hexdigest()[:16]
+            for i, pair in enumerate(names)
+        ]
+
+    def _reading(self) -> list:
+        """What else decides whether a file can be read."""
+        return [READING, self.rescale and list(self.rescale), list(self.window),
+                self.contour_channels]  # fmt: skip
+
+    def _read_record(self, record: Path | None) -> dict[str, tuple[int, int]]:
+        """Size (H, W) of each version of a row that could be read; {} where there is no record."""
+        try:
+            content = read_json(record, TEXT) if record is not None else {}
+            if content["reading"] != self._reading():
+                return {}
+            return {version: tuple(size) for *size, found in content["sizes"] for version in found}
+        except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: check all again
+            return {}
+
+    def _write_record(self, record: Path, sound: dict[str, tuple[int, int]]) -> None:
+        sizes = [
+            [*size, [version for version, other in sound.items() if other == size]]
+            for size in sorted(set(sound.values()))
+        ]
+        text = json.dumps({"reading": self._reading(), "sizes": sizes})
+        with contextlib.suppress(OSError):  # a full disk: the next start checks again
+            record.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(record, text)
 
     def fitted_spacing(self, sizes: set[tuple[int, int]]) -> float | None:
         """mm of a pixel of the resized slices; None where unknown or where sizes differ."""
@@ -214,6 +265,16 @@ class CTDataset(Dataset):
         if self.info.pixel_spacing is None or len(sides) != 1:
             return None
         return self.info.pixel_spacing * sides.pop() / self.image_size
+
+
+def stat_files(paths: Sequence[Path]) -> list[os.stat_result]:
+    """What the file system says of the files, many at a time: it may be far away.
+
+    Raises OSError with the name of a file that is not there.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        parts = pool.map(lambda part: [os.stat(path) for path in part], chunks(paths, 1000))
+        return [result for part in parts for result in part]
 
 
 def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:

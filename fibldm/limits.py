@@ -65,9 +65,9 @@ def require_bytes(path: Path, most: int) -> None:
         raise ValueError(f"{path}: {size:,} bytes, expected at most {most:,}")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = SETTINGS) -> Any:
     """What a JSON file holds; ValueError where it is too large, too deep or no JSON."""
-    require_bytes(path, SETTINGS)
+    require_bytes(path, most)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:

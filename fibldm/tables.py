@@ -303,7 +303,7 @@ def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProble
     """Paths that leave the folder, and files that are not there."""
     names = [name for row in rows for name in (row.image, row.contour)]
     outside = [repr(name) for name in names if not limits.inside(name)]
-    missing = [n for n in names if limits.inside(n) and not os.path.isfile(root / n)]
+    missing = missing_files(root, [name for name in names if limits.inside(name)])
     problems = []
     if outside:
         message = (
@@ -318,6 +318,25 @@ def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProble
         )
         problems.append(TableProblem("missing files", missing, message))
     return problems
+
+
+def missing_files(root: Path, names: Sequence[str]) -> list[str]:
+    """Those of the names below `root` that are no files. A folder is listed once: to ask for each
+    of its files takes long where the disk is far away.
+    """
+    there: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if folder not in there:
+            try:
+                with os.scandir(root / folder) as entries:
+                    there[folder] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                there[folder] = set()
+        if file not in there[folder] and not os.path.isfile(root / name):
+            missing.append(name)
+    return missing
 
 
 def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:

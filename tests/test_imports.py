@@ -38,24 +38,22 @@ MAY_IMPORT = {
     "inspection": {"anatomy", "ct", "findings", "likeness", "limits", "panels", "tables"},
     "metrics": {"features"},
     "features": set(),
-    "weights": {"features"},
     "privacy": {"likeness", "metrics"},
     "disease": {"ct", "metrics"},
     "plots": set(),
     "report": {"disk", "metrics"},
     "tables": {"disk", "limits"},
-    "datasets": {"batches", "ct", "distributed", "tables"},
+    "datasets": {"batches", "ct", "disk", "distributed", "limits", "tables"},
     "encoding": {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
         *("unet", "vae"),
     },
-    "conditions": {"ct", "encoding", "tables", "unet"},
     "synthesis": {
-        *("batches", "checkpoint", "conditions", "controlnet", "ct", "export", "optim", "privacy"),
+        *("batches", "checkpoint", "controlnet", "ct", "disk", "export", "optim", "privacy"),
         *("samplers", "scheduler", "unet", "vae"),
     },
     "samples": {
-        *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),
+        *("ct", "disk", "encoding", "export", "limits", "lungs", "metrics"),
         *("panels", "synthesis", "tables"),
     },
     "evaluation": {
