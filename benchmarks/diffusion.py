@@ -594,7 +594,7 @@ def measure_samples(args: argparse.Namespace) -> None:
     device, data = torch.device(args.device), LatentDataset(args.latents)
     held = data.indices("val")
     real = data.heldout_images(held, torch.device("cpu"))
-    patients = [data.rows[row].patient_id for row in held]
+    patients = data.table["patient_id"].iloc[held].tolist()
     inception = load_inception(device)
     if inception is None:
         raise ValueError("no Inception weights: run scripts/fetch_metric_weights.py")

@@ -130,6 +130,40 @@ class StoredRows:
             os.fsync(self.file.fileno())
 
 
+class PackedRows:
+    """Masks (rows, ..., width), uint8 of 0 or 1, kept as bits: eight neighbours in a byte.
+
+    `stored`: their bytes (rows, ..., width / 8, rounded up), uint8. Raises ValueError where it
+    has another width.
+    """
+
+    def __init__(self, stored: StoredRows, width: int) -> None:
+        self.stored, self.path, self.ndim = stored, stored.path, stored.ndim
+        self.shape = (*stored.shape[:-1], width)
+        if stored.dtype != np.uint8 or stored.shape[-1] != packed_size(width):
+            raise ValueError(
+                f"{self.path.name}: {stored.dtype} {stored.shape}; expected uint8, "
+                f"{packed_size(width)} bytes for each line of {width} bits"
+            )
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> np.ndarray:
+        return np.unpackbits(self.stored[index], axis=-1, count=self.shape[-1])
+
+    def __setitem__(self, index: int | slice | Sequence[int], values: np.ndarray) -> None:
+        self.stored[index] = np.packbits(values, axis=-1)
+
+    def flush(self) -> None:
+        self.stored.flush()
+
+
+def packed_size(width: int) -> int:
+    """Bytes that this many bits take."""
+    return -(-width // 8)
+
+
 def create_rows(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> StoredRows:
     """A new .npy file of zeros; OSError where the disk has no room for it, before it is filled."""
     size, free = np.dtype(dtype).itemsize * math.prod(shape), shutil.disk_usage(path.parent).free

@@ -19,9 +19,16 @@ from tqdm import tqdm
 from fibldm import ct, distributed, limits
 from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.checkpoint import environment, require_equal, source_hash
-from fibldm.datasets import CTDataset, Views, ahead, chunks, load_slices, to_device
-from fibldm.disk import StoredRows, create_rows, file_hash, sync_folder
-from fibldm.tables import Row, Split, read_csv, read_table, write_csv
+from fibldm.datasets import CHECKED, CTDataset, Views, ahead, chunks, load_slices, to_device
+from fibldm.disk import (
+    PackedRows,
+    StoredRows,
+    create_rows,
+    file_hash,
+    packed_size,
+    sync_folder,
+)
+from fibldm.tables import Split, read_csv, read_table, write_csv
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
 
@@ -40,66 +47,49 @@ def write_latents(
 ) -> list[str]:
     """Encode a data set into `folder`, whole or not at all; the ranks share the work.
 
-    Writes latents.npy (mean * LATENT_SCALE), contours.npy, heldout_images.npy (float16, rows of
-    val and test), manifest.csv, meta.json (`facts`, shapes, the contours' style). Call it on every
-    rank; the main one gets notes for the user.
+    Writes latents.npy (mean * LATENT_SCALE), contours.npy (their bits), heldout_images.npy
+    (float16, rows of val and test), manifest.csv, meta.json (`facts`, shapes, the contours' style).
+    Call it on every rank; the main one gets notes for the user.
     """
-    notes = []
     folder = Path(folder)
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    held = dataset.indices("val", "test")
-    count, size = len(dataset), dataset.image_size
+    partial = folder.with_name(f".{folder.name}.partial")
+    count, channels, size = len(dataset), dataset.contour_channels, dataset.image_size
     latent = (vae.config["latent_dim"], vae.config["latent_size"], vae.config["latent_size"])
     shapes = {
         "latents": ((count, *latent), np.float32),
-        "contours": ((count, dataset.contour_channels, size, size), np.uint8),
-        "heldout_images": ((len(held), 1, size, size), np.float16),
+        "contours": ((count, channels, size, packed_size(size)), np.uint8),
+        "heldout_images": ((len(dataset.indices("val", "test")), 1, size, size), np.float16),
     }
 
     # The main process lays the files out, each rank fills its rows.
     if distributed.is_main():
-        for left in partial, old:
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, (shape, dtype) in shapes.items():
             create_rows(partial / f"{name}.npy", dtype, shape)
     distributed.barrier()
     arrays = {name: StoredRows(partial / f"{name}.npy", writable=True) for name in shapes}
-    position = {row: i for i, row in enumerate(held)}
-    mine = chunks(distributed.share(count), batch_size)
-    loaded = ahead(load_slices(dataset, mine, workers, device))
-    latents, before, finite = None, [], True
-    quiet = None if distributed.is_main() else True
-    for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
-        distributed.alive()
-        rows = batch["row"].tolist()
-        with torch.no_grad():
-            encoded = vae.encode(images).mean * LATENT_SCALE
-        # A GPU is still at it: meanwhile write what is here, and the batch before.
-        arrays["contours"][rows] = batch["contour"].numpy()
-        for row, image in zip(rows, batch["image"].numpy(), strict=True):
-            if row in position:
-                arrays["heldout_images"][position[row]] = image
-        if before:
-            arrays["latents"][before] = latents.cpu().numpy()
-        latents, before = encoded, rows
-        finite &= bool(encoded.isfinite().all())
-    if before:
-        arrays["latents"][before] = latents.cpu().numpy()
+    contours = PackedRows(arrays["contours"], size)
+    finite = _encode_rows(
+        dataset, vae, arrays["latents"], contours, arrays["heldout_images"], device, batch_size,
+        workers,
+    )  # fmt: skip
     for array in arrays.values():
         array.flush()
     if distributed.any_rank(not finite, device):  # also a barrier
         raise ValueError(f"{folder}: not written, since the VAE gives latents that are not finite")
 
     # The main process describes them and makes the folder appear.
+    notes = []
     if distributed.is_main():
         manifest = pd.DataFrame(dataset.rows).assign(row=range(count))
         write_csv(partial / "manifest.csv", manifest, MANIFEST)
-        style, notes = measure_style(arrays["contours"], dataset.slices, dataset.info.contour_style)
+        style, notes = measure_style(contours, dataset.slices, dataset.info.contour_style)
         labels = {row.label for row in dataset.rows if row.split == "train"}
         meta = {
             "latent_shape": [count, *latent],
-            "contour_shape": list(shapes["contours"][0]),
+            "contour_shape": list(contours.shape),
+            "contour_bits": True,
             "window": list(dataset.window),
             "latent_scale": LATENT_SCALE,
             "classes": sorted(labels - {""}),
@@ -110,20 +100,62 @@ def write_latents(
             **facts,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _publish(partial, folder)
     distributed.barrier()
     return notes
 
 
+def _encode_rows(
+    dataset: CTDataset,
+    vae: VAE,
+    latents: StoredRows,
+    contours: PackedRows,
+    heldout_images: StoredRows,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> bool:
+    """Fill this rank's rows of the arrays; whether all of its latents are finite."""
+    position = {row: i for i, row in enumerate(dataset.indices("val", "test"))}
+    mine = chunks(distributed.share(len(dataset)), batch_size)
+    loaded = ahead(load_slices(dataset, mine, workers, device))
+    encoded, before, finite = None, [], True
+    quiet = None if distributed.is_main() else True
+    for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
+        distributed.alive()
+        rows, last = batch["row"].tolist(), encoded
+        with torch.no_grad():
+            encoded = vae.encode(images).mean * LATENT_SCALE
+        # A GPU is still at it: meanwhile write what is here, and the batch before.
+        contours[rows] = batch["contour"].numpy()
+        for row, image in zip(rows, batch["image"].numpy(), strict=True):
+            if row in position:
+                heldout_images[position[row]] = image
+        if before:
+            latents[before] = last.cpu().numpy()
+        before = rows
+        finite &= bool(encoded.isfinite().all())
+    if before:
+        latents[before] = encoded.cpu().numpy()
+    return finite
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Let a finished folder appear, in the place of an older one, and survive a power cut."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def measure_style(
-    contours: StoredRows, slices: int, declared: str | None
+    contours: PackedRows, slices: int, declared: str | None
 ) -> tuple[str | None, list[str]]:
     """The style of the first `slices` contours (rows, K, H, W), and a warning where it differs.
 
@@ -161,11 +193,8 @@ def encode_csv(
     views: Views,
     overwrite: bool = False,
     remedy: str = "use --overwrite",
-    dry_run: bool = False,
 ) -> list[str]:
     """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
-
-    With `dry_run` it is only checked that this can begin.
 
     Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
     from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
@@ -213,17 +242,18 @@ def encode_csv(
             f"{remedy}, or the same --contour_channels",
         )
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
-    sizes, _ = dataset.check()  # also a barrier: no rank sees what another is about to write
-    if dry_run:
-        what = f"{len(dataset)} latents of {len(rows)} slices"
-        return [*notes, f"--dry_run: {what} can be encoded into {folder}"]
+    # What the VAE's training has checked is not decoded twice. It is also a barrier: no rank sees
+    # what another is about to write.
+    sizes, _ = dataset.check(Path(vae_file).with_name(CHECKED), update=False)
     facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)
 
 
 def read_manifest(path: Path, classes: Sequence[str]) -> pd.DataFrame:
-    """manifest.csv as strings. Older ones lack the views, or are in the encoding of their locale:
-    the one in which the training slices have the `classes` is taken.
+    """manifest.csv: image, patient_id, label and split as strings, view as a number.
+
+    Older ones lack the views, or are in the encoding of their locale: the one in which the training
+    slices have the `classes` is taken.
     """
     try:
         manifest = read_csv(path)
@@ -235,7 +265,9 @@ def read_manifest(path: Path, classes: Sequence[str]) -> pd.DataFrame:
                     break
         else:
             raise error
-    return manifest if "view" in manifest else manifest.assign(view="0")
+    manifest = manifest[[name for name in MANIFEST[1:] if name in manifest or name != "view"]]
+    views = manifest["view"].astype(int) if "view" in manifest else 0
+    return manifest.assign(view=views).reset_index(drop=True)
 
 
 LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
@@ -245,7 +277,8 @@ class LatentDataset:
     """A folder of latents, read row by row: see `write_latents` for what it holds.
 
     latents (rows, C, h, w) float32, contours (rows, K, H, W) uint8, and for the rows held out
-    of training the real slices. Raises ValueError where the folder is incomplete.
+    of training the real slices. `table` has a line for each row, with image, patient_id, label,
+    split and view (0: the slice itself). Raises ValueError where the folder is incomplete.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -257,26 +290,24 @@ class LatentDataset:
             )
         try:
             self.meta = limits.read_json(self.folder / "meta.json")
-            manifest = read_manifest(self.folder / "manifest.csv", self.meta["classes"])
-            names = ("image", "patient_id", "label", "split")
-            cells = manifest[list(names)].values.tolist()
-            views = manifest["view"].astype(int).tolist()
-            self.latents, self.contours, self._heldout = (
+            self._read_facts()
+            self.table = read_manifest(self.folder / "manifest.csv", self.meta["classes"])
+            self.latents, stored, self._heldout = (
                 StoredRows(self.folder / f"{name}.npy")
                 for name in ("latents", "contours", "heldout_images")
             )
-            for array in self.latents, self.contours, self._heldout:
+            for array in self.latents, stored, self._heldout:
                 if array.ndim != 4:
                     raise ValueError(f"{array.path.name}: {array.shape}, expected 4D")
-            self._read_facts()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            bits = self.meta.get("contour_bits")  # older folders have a byte for each pixel
+            self.contours = PackedRows(stored, self.meta["contour_shape"][3]) if bits else stored
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{self.folder}: damaged latent data set: {what}") from error
-        self.rows = [Row(c[0], "", *c[1:], view) for c, view in zip(cells, views, strict=True)]
         held = self.indices("val", "test")
         for name, array, expected in (
-            ("latents", self.latents, len(self.rows)),
-            ("contours", self.contours, len(self.rows)),
+            ("latents", self.latents, len(self)),
+            ("contours", self.contours, len(self)),
             ("heldout_images", self._heldout, len(held)),
         ):
             what = f"{self.folder / name}.npy: rows, by manifest.csv"
@@ -308,18 +339,18 @@ class LatentDataset:
             raise ValueError(f"meta.json: classes {self.meta['classes']!r}, expected names")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
     def indices(self, *splits: str, views: bool = True) -> list[int]:
         """Rows that belong to one of the splits; without `views` each slice once."""
-        rows = enumerate(self.rows)
-        return [i for i, row in rows if row.split in splits and (views or row.view == 0)]
+        chosen = self.table["split"].isin(splits)
+        return np.flatnonzero(chosen if views else chosen & (self.table["view"] == 0)).tolist()
 
     def use_classes(self, classes: list[str]) -> None:
         """Number the labels by these class names; other labels count as none given."""
         self.classes = list(classes)
         numbers = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([numbers.get(row.label, NO_LABEL) for row in self.rows])
+        self.labels = np.array([numbers.get(label, NO_LABEL) for label in self.table["label"]])
 
     def require_shape(
         self, latent_dim: int | None, latent_size: int | None, contour_channels: int | None = None
