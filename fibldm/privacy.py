@@ -21,7 +21,8 @@ HELDOUT_SHARE = 0.01  # of held-out slices are nearer than the thresholds of all
 FEW, SPREAD = 100, 4.0  # held-out slices: of fewer a percentile is not defined; SD, see `threshold`
 FOUND, FALSE = 0.95, 0.02  # of copies at least, of held-out slices at most: else a warning
 FOLDS = 50  # of the negative control, by patient
-BLOCK = 512  # slices at a time
+BLOCK = 1024  # slices at a time
+CALIBRATED = 1024  # held-out slices at most that set the thresholds
 CANDIDATES = 3  # training slices of the highest coarse likeness, of which the nearest is sought
 SHIFT = 3 / 256  # of the side: by how much copies of the positive control are moved
 COARSE_STEP = SHIFT * THUMBNAIL / 2  # pixels of half a thumbnail, searched each way
@@ -170,16 +171,21 @@ class Privacy:
         """Set and return the threshold in each space, from slices of held-out patients.
 
         images: (n, H, W), latents: (n, C, h, w), as in `distances`. Each of two spaces gets half of
-        HELDOUT_SHARE. Raises ValueError for less than 2 slices, or patients who are trained on.
+        HELDOUT_SHARE. Of more than CALIBRATED slices so many are taken, evenly spaced over the
+        patients: a percentile of a sample, and the time no longer grows with the product of
+        held-out and training slices. Raises ValueError for less than 2 slices, or patients who are
+        trained on.
         """
         both = np.intersect1d(np.asarray(patients, str), self.patients)
         if len(both):
             raise ValueError(f"patients {both[:5].tolist()} are held out and trained on")
         if len(patients) < 2:
             raise ValueError(f"{len(patients)} held-out slices, expected 2 at least")
+        rows = evenly_over(patients, CALIBRATED)
+        images, latents = (None if a is None else Rows(a, rows) for a in (images, latents))
         self.heldout, _ = self.distances(images, latents)
-        self.heldout_patients = np.asarray(patients, str)
-        self.thresholds = self._thresholds_without(np.zeros(len(patients), bool))
+        self.heldout_patients = np.asarray(patients, str)[rows]
+        self.thresholds = self._thresholds_without(np.zeros(len(rows), bool))
         return self.thresholds
 
     def _thresholds_without(self, left_out: np.ndarray) -> dict[str, float]:
@@ -332,6 +338,13 @@ class Privacy:
                 )
             )  # fmt: skip
         return scores
+
+
+def evenly_over(patients: Sequence[str], most: int) -> np.ndarray:
+    """At most so many rows of the patients' (n,), evenly spaced over them, in ascending order."""
+    order = np.argsort(np.asarray(patients, str), kind="stable")
+    picked = np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)
+    return np.sort(order[picked])
 
 
 def threshold(distances: np.ndarray, share: float) -> float:

@@ -21,7 +21,7 @@ from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice, set_distances
 from fibldm.optim import Precision
 from fibldm.panels import write_samples
-from fibldm.privacy import Privacy, Rows
+from fibldm.privacy import Privacy, Rows, evenly_over
 from fibldm.run import Run
 from fibldm.samplers import dpmpp_2m
 from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
@@ -29,6 +29,7 @@ from fibldm.vae import LATENT_SCALE, VAE
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
 GRID = 16  # samples in the picture
+TRAINING_ROWS = 65_536  # at most in which copies are looked for: half a GiB to read each time
 REAL_SLICES = 2048  # held-out slices at most, evenly spaced, that samples are compared with
 BATCH = 32
 FOLLOWED = 0.95  # of the Dice that the lungs of real slices have with their own contours
@@ -65,7 +66,7 @@ class Validation:
         self.real_dice = float(np.concatenate(distributed.gather(agreement)).mean())
         count = len(self.rows)
         self.other = {row: self.rows[(i + count // 2) % count] for i, row in enumerate(self.rows)}
-        self.privacy = read_privacy(data)
+        self.privacy = read_privacy(data, TRAINING_ROWS)
         if args.steps * args.batch_size < FEW_SLICES:
             run.warn(
                 [
@@ -253,14 +254,21 @@ def spread(rows: Sequence[int], most: int) -> list[int]:
     return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()]
 
 
-def read_privacy(data: LatentDataset) -> Privacy | None:
-    """The training latents, with thresholds by the held-out ones; None where these are too few."""
-    train, held = data.indices("train"), data.indices("val", "test")
+def read_privacy(data: LatentDataset, most: int | None = None) -> Privacy | None:
+    """The training latents, with thresholds by the held-out ones; None where these are too few.
+
+    most: training rows at most, evenly spaced over the patients. Copies of the others are not
+    found then. The thresholds hold all the same: held-out slices set them by the same rows that
+    samples are compared with, so that as few of them are flagged.
+    """
+    patients = data.table["patient_id"].to_numpy(str)
+    train, held = (np.array(data.indices(*s), int) for s in (("train",), ("val", "test")))
     if len(held) < 2:
         return None
-    patients = [row.patient_id for row in data.rows]
-    privacy = Privacy(None, [patients[i] for i in train], Rows(data.latents, train))
-    privacy.calibrate(None, Rows(data.latents, held), [patients[i] for i in held])
+    if most is not None:
+        train = train[evenly_over(patients[train], most)]
+    privacy = Privacy(None, patients[train], Rows(data.latents, train))
+    privacy.calibrate(None, Rows(data.latents, held), patients[held])
     return privacy
 
 

@@ -1,6 +1,7 @@
 """Copies of training slices are found, slices of other patients are not; sample.py drops copies."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import train_ldm_unet
 from fibldm import checkpoint, ct, disk, privacy, synthesis
 from fibldm.encoding import LatentDataset
 from fibldm.phantom import phantom_slice, write_dataset
-from fibldm.privacy import LATENTS, PIXELS, Match, Privacy, Rows, disguises, threshold
+from fibldm.privacy import LATENTS, PIXELS, Match, Privacy, Rows, disguises, evenly_over, threshold
 from fibldm.vae import LATENT_SCALE, VAE
 
 TRAINED, HELD = 24, 12  # patients
@@ -110,6 +111,47 @@ def test_blocks_do_not_change_what_is_found(calibrated, slices, monkeypatch):
 
 
 # Thresholds and controls.
+
+
+class Counted:
+    """An array that counts the rows that are read of it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.read = array, 0
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: object) -> np.ndarray:
+        found = self.array[index]
+        self.read += 1 if found.ndim == self.array.ndim - 1 else len(found)
+        return found
+
+
+def test_few_held_out_slices_of_all_patients_set_the_thresholds(monkeypatch):
+    """However many there are: else the time grows with their number times the training's."""
+    monkeypatch.setattr(privacy, "CALIBRATED", 20)
+    monkeypatch.setattr(privacy, "BLOCK", 20)
+    latents = np.random.default_rng(0).standard_normal((300, 2, 4, 4)).astype(np.float32)
+    train, held = Counted(latents[:200]), Counted(latents[200:])
+    found = Privacy(None, [f"p{i // 10}" for i in range(200)], train)
+    train.read = 0
+    patients = [f"h{i % 10}" for i in range(100)]
+    found.calibrate(None, held, patients)
+    assert (held.read, train.read) == (20, 200)  # held-out slices once, and one pass for them all
+    assert Counter(found.heldout_patients.tolist()) == {f"h{i}": 2 for i in range(10)}
+    assert len(found.heldout[LATENTS]) == 20 and found.thresholds[LATENTS] > 0
+    copy = found.nearest(None, latents[137:138])[0]  # the search itself leaves out no slice
+    assert copy.flagged and copy.row == 137
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_evenly_over_patients(count):
+    patients = [f"p{i % 9}" for i in range(90)]
+    rows = evenly_over(patients, count)
+    assert len(rows) == len({*rows.tolist()}) == min(count, 90) and (np.diff(rows) > 0).all()
+    assert len({patients[row] for row in rows}) == min(count, 9)
+    assert evenly_over(patients, 90).tolist() == list(range(90))
 
 
 def test_of_many_slices_the_threshold_is_a_percentile():

@@ -23,6 +23,7 @@ from fibldm.validation import (
     input_warnings,
     latent_warnings,
     moments,
+    read_privacy,
     reconstruction_warnings,
 )
 
@@ -104,7 +105,8 @@ def test_the_gap_tells_a_model_that_looks_at_contours_from_one_that_does_not(dat
     validation = validate()
     rows = validation.rows
     assert len({data.contours[row].tobytes() for row in rows}) == len(rows) > 3
-    assert all(data.rows[row] != data.rows[other] for row, other in validation.other.items())
+    images = data.table["image"]
+    assert all(images[row] != images[other] for row, other in validation.other.items())
     blind = validation.loss(knows_x0(data, rows, blind=True))
     assert blind["contour_gap"] == 0 and blind["loss"] > 0.01
     exact = validation.loss(knows_x0(data, rows))
@@ -330,3 +332,18 @@ def test_two_processes_equal_one(tmp_path):
     assert found[0][0] == pytest.approx(alone, rel=1e-6)
     alone.pop("ssim")
     assert found[0][1] == pytest.approx(alone, rel=1e-6)
+
+
+def test_copies_are_looked_for_in_a_fixed_sample_of_training_rows(data, validate, monkeypatch):
+    """However many there are, so that neither a start nor a validation takes ever longer."""
+    train = data.indices("train")
+    whole = validate().privacy
+    assert len(whole.patients) == len(train) > 6
+    monkeypatch.setattr(validation, "TRAINING_ROWS", 6)
+    few = validate().privacy
+    assert len(few.patients) == 6 and len(few.latents) == 6
+    assert len({*few.patients}) == min(6, len({*whole.patients}))
+    match = few.nearest(None, few.latents[2:3])[0]
+    assert match.flagged and match.row == 2
+    assert few.heldout_patients.tolist() == whole.heldout_patients.tolist()
+    assert len(read_privacy(data).patients) == len(train)  # complete, for sample.py
