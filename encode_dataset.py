@@ -40,6 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch_size", type=positive, default=32,
         help="slices encoded at once, over all processes together",
     )  # fmt: skip
+    data.add_argument(
+        "--dry_run", action="store_true",
+        help="check the VAE and that all files can be read, and encode nothing",
+    )  # fmt: skip
     add_view_options(parser)
     add_machine_options(parser, seed=False)
     return parser.parse_args(argv)
@@ -54,16 +58,19 @@ def main(args: argparse.Namespace) -> None:
     vae, content = load_model(args.vae_checkpoint, VAE)
 
     # Data.
+    at_once = -(-args.batch_size // distributed.world_size())
     with precision.autocast():
         notes = encode_csv(
             args.output_dir, args.csv_file, args.img_dir, vae.to(device), args.vae_checkpoint,
-            content, args.contour_channels, device, args.batch_size, args.num_workers,
+            content, args.contour_channels, device, at_once, args.num_workers,
             Views(args.views, args.max_shift, args.max_scale), args.overwrite,
+            dry_run=args.dry_run,
         )  # fmt: skip
     if distributed.is_main():
-        data = LatentDataset(args.output_dir)
         for note in notes:
             print(note)
+    if distributed.is_main() and not args.dry_run:
+        data = LatentDataset(args.output_dir)
         counts = ", ".join(f"{len(data.indices(s))} {s}" for s in ("train", "val", "test"))
         print(f"{args.output_dir}: {len(data)} latents {data.latents.shape[1:]}: {counts}")
 

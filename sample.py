@@ -8,15 +8,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fibldm import cli, distributed, export, samples
+from fibldm import cli, conditions, distributed, export
 from fibldm.checkpoint import environment
+from fibldm.conditions import Conditions, label_name
 from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
 from fibldm.privacy import Privacy
 from fibldm.samplers import SAMPLERS
-from fibldm.samples import Request, SampleFolder
+from fibldm.samples import SampleFolder, describe_copies
 from fibldm.scheduler import SPACINGS
-from fibldm.synthesis import ATTEMPTS, NEXT_SEED, Sampling, Synthesizer, label_name, parse_label
+from fibldm.synthesis import ATTEMPTS, NEXT_SEED, Sampling, Synthesizer
 from fibldm.tables import SPLITS
 from fibldm.validation import read_privacy
 
@@ -76,19 +77,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_request(args: argparse.Namespace, model: Synthesizer) -> tuple[Request, list[str]]:
+def read_conditions(args: argparse.Namespace, model: Synthesizer) -> tuple[Conditions, list[str]]:
     """What the options ask for, and notes; ValueError where the models cannot give it."""
     if args.unconditional:
-        request, notes = Request(None, [""], [""]), []
+        asked, notes = Conditions(None, [""], [""]), []
     elif args.contours is not None:
-        request, notes = samples.request_from_files(Path(args.contours), model)
+        asked, notes = conditions.read_contours(Path(args.contours), model.contour_form)
     else:
-        data = LatentDataset(args.latent_data_dir)
-        request, notes = samples.request_from_latents(data, args.split, model)
+        data, form = LatentDataset(args.latent_data_dir), model.contour_form
+        asked, notes = conditions.conditions_of(data, args.split, form, model.classes)
     if args.label is not None:
-        label = parse_label(args.label, model.classes)
-        request = replace(request, labels=[label] * len(request.names))
-    return request, notes
+        label = conditions.parse_label(args.label, model.classes)
+        asked = replace(asked, labels=[label] * len(asked.names))
+    return asked, notes
 
 
 def read_avoid(args: argparse.Namespace) -> tuple[Privacy | None, list[str]]:
@@ -119,15 +120,13 @@ def main(args: argparse.Namespace) -> None:
     # Models and contours.
     checkpoints = args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint
     model = Synthesizer.from_checkpoints(*checkpoints, device, args.precision)
-    (request, notes), (avoid, cautions) = read_request(args, model), read_avoid(args)
+    (asked, notes), (avoid, cautions) = read_conditions(args, model), read_avoid(args)
     say(*notes, *cautions)
-    interval = tuple(args.guidance_interval)
-    how = Sampling(
-        args.sampler, args.steps, args.spacing, args.guidance_scale, interval, args.guidance_rescale
-    )
-    names = [label_name(label) for label in request.labels]
+    fields = {name: getattr(args, name) for name in Sampling.__dataclass_fields__}
+    how = Sampling(**{**fields, "guidance_interval": tuple(args.guidance_interval)})
+    names = [label_name(label) for label in asked.labels]
     settings = {name: v for name, v in vars(args).items() if name not in FREE_OPTIONS}
-    settings["samples_of"] = model.request_hash(request.contours, names, args.seed, how, avoid)
+    settings["samples_of"] = model.request_hash(asked.contours, names, args.seed, how, avoid)
     settings = json.loads(json.dumps({**settings, "environment": environment()}))
     output = SampleFolder(Path(args.output_dir), args.format, settings, args.overwrite)
     distributed.barrier()  # no rank writes before all have looked
@@ -146,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
     # A batch of which some are there is drawn whole: in another the last bits would differ.
     batches = [batch for batch in chunks(own, size) if not attempts.keys() >= {*batch}]
     drawn = model.sample(
-        request.contours, request.labels, indices=chain(*batches), seed=args.seed,
+        asked.contours, asked.labels, indices=chain(*batches), seed=args.seed,
         batch_size=size, avoid=avoid, copies=True, **asdict(how),
     )  # fmt: skip
     pixel_spacing = args.pixel_spacing or model.pixel_spacing
@@ -165,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
                 bar.update()
 
     # How they look, and how well the lungs follow the contours, from the files.
-    images, agreement = output.look(sorted(attempts), request, model.window, GRID)
+    images, agreement = output.look(sorted(attempts), asked, model.window, GRID)
     images, agreement, copies, attempts = (
         [item for part in distributed.gather(list(found)) for item in part]
         for found in (images, agreement, copies, attempts.items())
@@ -184,11 +183,11 @@ def main(args: argparse.Namespace) -> None:
     rows = [
         {"seed": args.seed + k * NEXT_SEED, "attempt": k, **models} for _, k in sorted(attempts)
     ]
-    output.finish(sorted(dict(attempts)), rows, request, images[:GRID])
+    output.finish(sorted(dict(attempts)), rows, asked, images[:GRID])
     say(f"{output.folder}: {len(rows)} samples ({args.format}), samples.csv, grid.png")
     if avoid is not None:
         left_out = [output.path(i).name for i in range(count) if i not in dict(attempts)]
-        say(f"--drop_copies: {samples.describe_copies(copies, left_out)}")
+        say(f"--drop_copies: {describe_copies(copies, left_out)}")
     if pixel_spacing is None and args.format in ("nifti", "dicom"):
         say("pixels are written as 1 mm, an assumption: the data's are unknown (--pixel_spacing)")
     if agreement:

@@ -278,13 +278,14 @@ def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
     size, parts = getattr(args, "batch_size", None), getattr(args, "grad_accum", None)
     if size is None:
         return what
+    processes = distributed.world_size()
     if parts is None:
-        return f"{what}\nLower --batch_size ({size} slices at once)"
-    at_once = size // distributed.world_size() // parts
+        return f"{what}\nLower --batch_size ({size} slices at once, over {processes} processes)"
+    at_once = size // processes // parts
     if at_once > 1:
         return (
             f"{what}\nRaise --grad_accum from {parts} to {2 * parts}: {at_once // 2} slices at "
             f"once instead of {at_once}, the same result; or lower --batch_size ({size}, over "
-            f"{distributed.world_size()} processes)"
+            f"{processes} processes)"
         )
     return f"{what}\nOnly one slice is computed at once: lower the widths of the network"

@@ -79,7 +79,7 @@ class Reader:
         elif item.contour is not None:
             asked = filled_contour(ct.read_contour(item.contour), size)
         looked = self.measure(image, asked, spacing)
-        reason = disease.implausible(self.to_hu(image), looked.found, limits)
+        reason = disease.implausible(self.to_hu(image), looked.found, limits, self.window)
         return replace(looked, pair=pair, implausible=reason)
 
     def measure(self, image: np.ndarray, asked: np.ndarray | None, spacing: float) -> Looked:

@@ -368,7 +368,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (squares - 2 * x @ y.T).clamp(min=0)
 
 
-def neighbour_radii(features: Features, device: torch.device, neighbour: int = 3) -> Tensor:
+def neighbour_radii(features: Features, device: torch.device) -> Tensor:
     """Squared distance (N,) of each row to its 3rd nearest other row; N > 3."""
     radii = []
     for i, a in blocks(features, device):
@@ -378,7 +378,7 @@ def neighbour_radii(features: Features, device: torch.device, neighbour: int = 3
             if i == j:
                 found.fill_diagonal_(torch.inf)
             nearest = torch.cat([nearest, found], dim=1)
-            nearest = nearest.topk(min(neighbour, nearest.shape[1]), largest=False).values
+            nearest = nearest.topk(min(3, nearest.shape[1]), largest=False).values
         radii.append(nearest.amax(dim=1))
     return torch.cat(radii)
 

@@ -31,14 +31,14 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def timestep_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     """Sinusoids of t (N,) at geometric frequencies (Vaswani et al. 2017) -> (N, channels) fp32.
 
     An odd number of channels ends in a zero.
     """
     half = channels // 2
     frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
     )
     angles = t.float()[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels % 2))
@@ -75,9 +75,9 @@ class SelfAttention(nn.Module):
     maps of at most some hundred positions this code is faster on a CPU than torch's own attention.
     """
 
-    def __init__(self, channels: int, head_channels: int = 64) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = largest_divisor(channels, channels // head_channels)
+        self.heads = largest_divisor(channels, channels // 64)
         self.norm = ChannelNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.query_norm = nn.LayerNorm(channels // self.heads, bias=False)

@@ -73,13 +73,13 @@ def resamples(groups: Sequence[str], draws: int, seed: int = 0) -> Iterator[np.n
         yield np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The central percentile interval of resampled values; NaN for fewer than 2 finite ones."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The central 95 % of resampled values, low and high; NaN for fewer than 2 finite ones."""
     finite = np.asarray(values, float)
     finite = finite[np.isfinite(finite)]
     if len(finite) < 2:
         return float("nan"), float("nan")
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -96,7 +96,6 @@ SET_METRICS: dict[str, tuple[SetMetric, int, float, float]] = {  # images needed
     "precision": (precisions, 4, 0.0, 1.0),
     "recall": (recalls, 4, 0.0, 1.0),
 }
-PAIR_METRICS = ("lpips", "ssim", "diversity")
 
 
 def set_distances(

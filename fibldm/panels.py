@@ -75,13 +75,13 @@ def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -
     write_panel(path, columns, per_line=2)
 
 
-def write_sheet(path: Path, cells: list[tuple[np.ndarray, str]], per_line: int = 8) -> None:
+def write_sheet(path: Path, cells: list[tuple[np.ndarray, str]]) -> None:
     """Write a PNG of pictures, RGB uint8 (H, W, 3) of any size, each with its caption below.
 
     A caption is broken into lines and cut off after CAPTION_LINES of them; one that starts with
     "!" is in the colour of OUTLINE.
     """
-    per_line = min(per_line, len(cells))
+    per_line = min(8, len(cells))
     texts = [textwrap.wrap(caption, CAPTION_WIDTH)[:CAPTION_LINES] for _, caption in cells]
     font, gap, text_height = ImageFont.load_default(13), 8, 17
     tops = [0]

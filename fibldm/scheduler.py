@@ -62,10 +62,6 @@ class CosineScheduler:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_t - sigma * v
 
-    def eps_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return sigma * x_t + alpha * v
-
     def v_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The v that belongs to an estimate of x0; sigma_t must not be 0."""
         alpha, sigma = self.alpha_sigma(t)

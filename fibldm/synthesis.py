@@ -5,7 +5,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,20 +17,18 @@ from torch import Tensor
 from fibldm import ct, export
 from fibldm.batches import item_noise
 from fibldm.checkpoint import load_model, require_equal, source_hash
+from fibldm.conditions import ContourForm, Label, fit_contours, read_labels
 from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.optim import Precision
 from fibldm.privacy import LATENTS, PIXELS, Privacy
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import CosineScheduler
-from fibldm.unet import NO_LABEL, UNet
+from fibldm.unet import UNet
 from fibldm.vae import LATENT_SCALE, VAE, clipped
 
 ATTEMPTS = 10  # draws of a sample with `avoid`, the first included
 NEXT_SEED = 1_000_003  # from one attempt to the next: far from the seeds that people give
 BATCH = 32  # slices at once in `encode` and `decode`
-
-Label = str | Mapping[str, float] | None
-SIZES = "(H, W), (M, H, W) or (M, K, H, W)"
 
 
 @dataclass(frozen=True)
@@ -180,6 +178,12 @@ class Synthesizer:
     def image_size(self) -> int:
         return self.vae.config["image_size"]
 
+    @property
+    def contour_form(self) -> ContourForm:
+        """The channels, size and style of the contours that the U-Net was trained on."""
+        channels = 1 if self.unet is None else self.unet.config["contour_channels"]
+        return ContourForm(channels, self.image_size, self.contour_style)
+
     # Sampling.
 
     def sample(
@@ -234,8 +238,9 @@ class Synthesizer:
             raise ValueError("sampling needs a U-Net: give unet_best.pth to from_checkpoints")
         if contours is None and self.controlnet is not None:
             raise ValueError("a ControlNet needs contours: give some, or load the U-Net alone")
-        fitted = None if contours is None else self.fit_contours(contours)
-        names, numbers = self._read_labels(labels, None if fitted is None else len(fitted))
+        fitted = None if contours is None else fit_contours(contours, self.contour_form)
+        count = None if fitted is None else len(fitted)
+        names, numbers = read_labels(labels, self.classes, count)
         items = list(range(len(names))) if indices is None else [int(i) for i in indices]
         if batch_size < 1 or min(items, default=0) < 0:
             raise ValueError(f"batch_size {batch_size}: expected at least 1; indices: from 0")
@@ -317,72 +322,6 @@ class Synthesizer:
         pixels = b"" if contours is None else contours.tobytes()
         return hashlib.sha256(repr([facts, list(labels)]).encode() + pixels).hexdigest()
 
-    # What is asked for.
-
-    def fit_contours(self, contours: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Contours of any size and style -> uint8 (M, K, S, S), 0 or 1, as the U-Net knows them.
-
-        As `sample` takes them. With K above 1 an array (H, W) is a label map, 0 to K. Raises
-        ValueError for no contours, a picture, or another number of channels.
-        """
-        channels = 1 if self.unet is None else self.unet.config["contour_channels"]
-        if isinstance(contours, np.ndarray):
-            contours = contours[None] if contours.ndim == 2 else contours
-        elif torch.is_tensor(contours):
-            raise ValueError("contours: found a tensor, expected NumPy arrays: use .numpy()")
-        fitted = []
-        for i, contour in enumerate(contours):
-            try:
-                masks = ct.as_contour(np.asarray(contour), channels)
-            except ValueError as error:
-                raise ValueError(f"contour {i}: {error}") from None
-            fitted.append(ct.fit_contour(masks, self.image_size, self.contour_style))
-        if not fitted:
-            raise ValueError(f"contours: none given, expected arrays {SIZES}")
-        return np.stack(fitted)
-
-    def _read_labels(
-        self, labels: Label | Sequence[Label], contours: int | None
-    ) -> tuple[list[str], list]:
-        """Names as `Sample.label` has them, and what the U-Net takes, of each contour."""
-        if labels is None or isinstance(labels, str | Mapping):
-            return [label_name(labels)] * (contours or 1), [self.read_label(labels)]
-        labels = list(labels)
-        if not labels or len(labels) != (contours or len(labels)):
-            raise ValueError(f"labels: {len(labels)} given, expected one, or {contours} (contours)")
-        read = [self.read_label(label) for label in labels]
-        if any(isinstance(number, list) for number in read):  # mixtures beside plain classes
-            read = [self._weights(number) for number in read]
-        return [label_name(label) for label in labels], read
-
-    def _weights(self, label: int | list[float]) -> list[float]:
-        if isinstance(label, list):
-            return label
-        if label == NO_LABEL:
-            raise ValueError("labels: None beside mixtures; expected a class or weights for each")
-        return [float(i == label) for i in range(len(self.classes))]
-
-    def read_label(self, label: Label) -> int | list[float]:
-        """The class's number, NO_LABEL, or a weight for each class; ValueError if unknown."""
-        if label is None or label == "":
-            return NO_LABEL
-        weights = {label: 1.0} if isinstance(label, str) else dict(label)
-        unknown = [name for name in weights if name not in self.classes]
-        if unknown:
-            raise ValueError(
-                f"label {', '.join(map(str, unknown))}: the U-Net knows the classes "
-                f"{self.classes or '(none)'}; expected one of them, or weights of several"
-            )
-        if isinstance(label, str):
-            return self.classes.index(label)
-        total = sum(weights.values())
-        if not (min(weights.values(), default=-1) >= 0 and abs(total - 1) < 1e-6):
-            raise ValueError(
-                f"label {label_name(label)}: weights that sum to {total:g}; expected numbers of at "
-                "least 0 that sum to 1"
-            )
-        return [float(weights.get(name, 0.0)) for name in self.classes]
-
     # Slices to latents, and back.
 
     @torch.no_grad()
@@ -436,28 +375,6 @@ def without_copies(drawn: list[Sample]) -> list[Sample]:
                 stacklevel=2,
             )
     return [kept[index] for index in dict.fromkeys(s.index for s in drawn) if index in kept]
-
-
-def label_name(label: Label) -> str:
-    """A label in words: a class name, "normal=0.4 fibrosis=0.6", or "" for none."""
-    if isinstance(label, Mapping):
-        return " ".join(f"{name}={weight:g}" for name, weight in label.items())
-    return label or ""
-
-
-def parse_label(words: Sequence[str], classes: Sequence[str]) -> Label:
-    """A label as typed, NAME or NAME=WEIGHT of several classes; ValueError where it is neither."""
-    text = " ".join(words)
-    if text in classes or not any("=" in word for word in words):
-        return text
-    pairs = [word.rpartition("=") for word in words]
-    try:
-        label = {name: float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise ValueError(f"--label {text}: a weight is no number, expected NAME=WEIGHT") from None
-    if len(label) < len(pairs):
-        raise ValueError(f"--label {text}: expected each class once")
-    return label
 
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
