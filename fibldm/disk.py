@@ -56,6 +56,20 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Let a finished folder appear, in the place of an older one, and survive a power cut."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def keep(path: Path, as_path: Path) -> None:
     """Give a file a second name, or copy it where the file system has no hard links."""
     temporary = as_path.with_name(f"{TEMPORARY}{as_path.name}")

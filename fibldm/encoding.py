@@ -3,7 +3,6 @@
 import contextlib
 import json
 import locale
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,7 @@ from fibldm import ct, distributed, limits
 from fibldm.batches import Batches, item_noise, item_uniform
 from fibldm.checkpoint import environment, require_equal, source_hash
 from fibldm.datasets import CHECKED, CTDataset, Views, ahead, chunks, load_slices, to_device
-from fibldm.disk import (
-    PackedRows,
-    StoredRows,
-    create_rows,
-    file_hash,
-    packed_size,
-    sync_folder,
-)
+from fibldm.disk import PackedRows, StoredRows, create_rows, file_hash, packed_size, replace_folder
 from fibldm.tables import Split, read_csv, read_table, write_csv
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE, VAE
@@ -82,26 +74,38 @@ def write_latents(
     # The main process describes them and makes the folder appear.
     notes = []
     if distributed.is_main():
-        manifest = pd.DataFrame(dataset.rows).assign(row=range(count))
-        write_csv(partial / "manifest.csv", manifest, MANIFEST)
-        style, notes = measure_style(contours, dataset.slices, dataset.info.contour_style)
-        labels = {row.label for row in dataset.rows if row.split == "train"}
-        meta = {
-            "latent_shape": [count, *latent],
-            "contour_shape": list(contours.shape),
-            "contour_bits": True,
-            "window": list(dataset.window),
-            "latent_scale": LATENT_SCALE,
-            "classes": sorted(labels - {""}),
-            "contour_style": style,
-            "latents_sha256": file_hash(partial / "latents.npy"),
-            "contours_sha256": file_hash(partial / "contours.npy"),
-            "environment": environment(),
-            **facts,
-        }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        _publish(partial, folder)
+        notes = _describe(partial, dataset, arrays["latents"].shape, contours, facts)
+        replace_folder(partial, folder)
     distributed.barrier()
+    return notes
+
+
+def _describe(
+    folder: Path,
+    dataset: CTDataset,
+    latent_shape: tuple[int, ...],
+    contours: PackedRows,
+    facts: dict,
+) -> list[str]:
+    """Write manifest.csv and meta.json beside the arrays; return notes on the contours."""
+    manifest = pd.DataFrame(dataset.rows).assign(row=range(len(dataset)))
+    write_csv(folder / "manifest.csv", manifest, MANIFEST)
+    style, notes = measure_style(contours, dataset.slices, dataset.info.contour_style)
+    labels = {row.label for row in dataset.rows if row.split == "train"}
+    meta = {
+        "latent_shape": list(latent_shape),
+        "contour_shape": list(contours.shape),
+        "contour_bits": True,
+        "window": list(dataset.window),
+        "latent_scale": LATENT_SCALE,
+        "classes": sorted(labels - {""}),
+        "contour_style": style,
+        "latents_sha256": file_hash(folder / "latents.npy"),
+        "contours_sha256": file_hash(folder / "contours.npy"),
+        "environment": environment(),
+        **facts,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return notes
 
 
@@ -138,20 +142,6 @@ def _encode_rows(
     if before:
         latents[before] = encoded.cpu().numpy()
     return finite
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Let a finished folder appear, in the place of an older one, and survive a power cut."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def measure_style(
@@ -202,15 +192,9 @@ def encode_csv(
     """
     folder = Path(folder)
     rows, notes = read_table(csv_file, root, Split(**vae_content["split"]))
-    dataset = CTDataset(
-        rows,
-        root,
-        Path(csv_file).parent,
-        vae.config["image_size"],
-        tuple(vae_content["window"]),
-        contour_channels,
-        views,
-    )
+    size, window = vae.config["image_size"], tuple(vae_content["window"])
+    beside = Path(csv_file).parent
+    dataset = CTDataset(rows, root, beside, size, window, contour_channels, views)
     facts = {
         "views": list(astuple(views)),
         "vae_sha256": source_hash(vae_file),
@@ -227,26 +211,31 @@ def encode_csv(
             f"WARNING: {csv_file} is not the table that the VAE was trained with. A patient whose "
             "patient_id or split changed since may now be held out, but was trained on."
         )
-    present = folder.exists() and any(folder.iterdir())
-    if present and not (folder / "meta.json").is_file():
-        raise ValueError(f"{folder}: not a latent data set, and not empty; it is left as it is")
-    if present and not overwrite:
-        existing = LatentDataset(folder)
-        for name, value in facts.items():
-            found = existing.meta.get(name)
-            require_equal(f"{folder}: its {name}", found, value, remedy)
-        require_equal(
-            f"{folder}: its contour channels",
-            existing.contour_channels,
-            contour_channels,
-            f"{remedy}, or the same --contour_channels",
-        )
+    if _holds(folder, facts, contour_channels, overwrite, remedy):
         return [*notes, f"{folder} holds these latents already; nothing to encode"]
     # What the VAE's training has checked is not decoded twice. It is also a barrier: no rank sees
     # what another is about to write.
     sizes, _ = dataset.check(Path(vae_file).with_name(CHECKED), update=False)
     facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)
+
+
+def _holds(folder: Path, facts: dict, channels: int, overwrite: bool, remedy: str) -> bool:
+    """Whether a folder has these latents already, False where it is to be filled; ValueError where
+    it has others that may not be overwritten, or something else.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder}: not a latent data set, and not empty; it is left as it is")
+    if overwrite:
+        return False
+    existing = LatentDataset(folder)
+    for name, value in facts.items():
+        require_equal(f"{folder}: its {name}", existing.meta.get(name), value, remedy)
+    what, same = f"{folder}: its contour channels", f"{remedy}, or the same --contour_channels"
+    require_equal(what, existing.contour_channels, channels, same)
+    return True
 
 
 def read_manifest(path: Path, classes: Sequence[str]) -> pd.DataFrame:
