@@ -1,4 +1,4 @@
-"""CT slices: HU, the window, reading and writing one slice whatever its file format."""
+"""CT slices: HU and windows, one slice or contour of any file, dataset.json, fitting squares."""
 
 import json
 import math

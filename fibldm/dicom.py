@@ -1,7 +1,9 @@
-"""DICOM: which files make a series, their values in HU, and writing slices marked as synthetic."""
+"""DICOM: what a file holds, in HU, which files make a series, and decoders of compressed pixels."""
 
 import struct
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pydicom
 from pydicom import uid
 from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
 from pydicom.pixels.decoders.base import DecodeRunner
+from tqdm import tqdm
 
 from fibldm import limits
 
@@ -180,6 +183,28 @@ def read_headers(path: Path) -> list[Header]:
         return [_header(path, dataset, frame, frames) for frame in range(frames)]
     except Exception as error:  # pydicom raises anything on damaged files
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_all_headers(paths: list[Path], workers: int) -> list[list[Header] | str]:
+    """The slices of many DICOM files, in their order, or what is wrong with a file."""
+    bar = {"desc": "reading headers", "total": len(paths), "unit": "file", "disable": None}
+    if workers <= 1 or len(paths) < 256:
+        return list(tqdm(map(_headers_or_problem, paths), **bar))
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            return list(tqdm(pool.map(_headers_or_problem, paths, chunksize=64), **bar))
+    except BrokenProcessPool:
+        raise ValueError(
+            "reading DICOM headers ended a process: out of memory, or a damaged file; "
+            "--num_workers 1 reads them one by one"
+        ) from None
+
+
+def _headers_or_problem(path: Path) -> list[Header] | str:
+    try:
+        return read_headers(path)
+    except ValueError as error:
+        return str(error)
 
 
 def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> Header:

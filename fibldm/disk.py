@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -45,6 +46,34 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all, and survive a power cut."""
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
     sync_folder(path.parent)
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a text file that only its owner may read, whole or not at all."""
+
+    def write(to: Path) -> None:
+        with open(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(text.encode())
+
+    if path.exists() and not path.is_file():  # /dev/null
+        write(path)
+    else:
+        write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where absent; ValueError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing to it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

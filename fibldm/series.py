@@ -1,29 +1,30 @@
-"""Series of axial CT slices below folders, whatever their format: found, and read upright in HU."""
+"""Series of axial CT slices below folders, whatever their format: which files belong together."""
 
 import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fibldm import ct, dicom, limits, volumes
-from fibldm.anatomy import hu_problem
+from fibldm import ct, dicom, disk, limits, volumes
 from fibldm.tables import SPLITS, read_csv
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
     *(".npy", ".npz", ".mat"),
 )
-NEAR = 1.0  # mm between an image and its mask, at most
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says of files that do not say it themselves."""
+    """What the user says of files that do not say it themselves.
+
+    Records of prepared series hold a hash of its `repr`: a field more, and all are made again.
+    """
 
     patient_pattern: str | None = None  # its first group, of a path below the input, is the patient
     mask_suffix: str | None = None  # stem + suffix names a file's mask
@@ -68,18 +69,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """One upright slice: HU (H, W), mm between rows and between columns, mm towards the head."""
-
-    where: str
-    hu: np.ndarray
-    spacing: tuple[float, float] | None
-    height: float | None
-    mask: np.ndarray | None
-    source: Source
-
-
-@dataclass(frozen=True)
 class LeftOut:
     """A file, slice or series that is not used, and why: "what: details"."""
 
@@ -88,65 +77,53 @@ class LeftOut:
 
 
 def find_series(
-    inputs: list[Path],
-    exclude: Path,
-    options: Options,
-    read_headers: Callable[[list[Path]], Iterable[list[dicom.Header] | str]],
+    inputs: Sequence[Path], exclude: Path, options: Options, workers: int = 1
 ) -> tuple[list[Series], list[LeftOut]]:
     """All series below the inputs but not below `exclude`, and the files that are left out.
 
-    `read_headers` maps DICOM files to their headers, or to what is wrong with them: so the caller
-    may share that work between processes. Raises ValueError for an input that is missing.
+    `workers` processes read the headers of DICOM files. Raises ValueError for an input that is
+    missing.
     """
     files, left_out = find_files(inputs, exclude)
-    series: list[Series] = []
-    taken: set[Path] = set()  # by tables
-    copies: dict[str, Path] = {}  # content -> the first file that has it
-    for table, top in files:
-        if table.name != "label.csv":
-            continue
-        taken.add(table.resolve())
-        try:
-            part, used = _table_series(table, top, options, copies, left_out)
-            series += part
-            taken |= used
-        except ValueError as error:
-            left_out.append(_left_out(error, table))
-            taken |= {path.resolve() for path, _ in files if path.is_relative_to(table.parent)}
+    search = _Search(options, left_out)
+    for table, _ in files:
+        if table.name == "label.csv":
+            search.add_table(table, [path for path, _ in files])
 
     # Files by their kind; masks apart.
-    masks: dict[tuple[Path, str], Path] = {}
     kinds: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     others: dict[str, list[Path]] = defaultdict(list)
     for path, top in files:
-        if path.resolve() in taken:
+        if path.resolve() in search.taken:
             continue
         try:
             kind = volumes.kind_of(path)
             if kind == "jpeg":
-                raise ValueError(f"{path}: a JPEG picture, whose HU are lost")
+                raise ValueError("a JPEG picture, whose HU are lost")
         except ValueError as error:
-            left_out.append(_left_out(error, path))
+            search.leave_out(path, error)
             continue
         suffix = options.mask_suffix
         if kind and suffix and stem(path).endswith(suffix):
-            masks[path.parent, stem(path)[: -len(suffix)]] = path
+            search.masks[path.parent, stem(path)[: -len(suffix)]] = path
         elif kind:
             kinds[kind].append((path, top))
         elif path.name != "dataset.json":
             others[path.suffix].append(path)
 
-    series += _dicom_series(kinds.pop("dicom", []), masks, options, read_headers, left_out)
-    rest = sorted(item for group in kinds.values() for item in group)
-    series += _array_series(rest, masks, options, copies, left_out)
-    left_out += [LeftOut(str(path), "a mask without an image") for path in masks.values()]
+    search.add_dicom(kinds.pop("dicom", []), workers)
+    search.add_arrays(sorted(item for group in kinds.values() for item in group))
+    for path in search.masks.values():
+        search.leave_out(path, "a mask without an image")
     for suffix, paths in others.items():
         what = f"{len(paths)} files {suffix or 'without suffix'}, as {paths[0].name}"
-        left_out.append(LeftOut(str(paths[0].parent), f"of a kind that is not read: {what}"))
-    return series, left_out
+        search.leave_out(paths[0].parent, f"of a kind that is not read: {what}")
+    return search.series, search.left_out
 
 
-def find_files(inputs: list[Path], exclude: Path) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
+def find_files(
+    inputs: Sequence[Path], exclude: Path
+) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
     """All files below the inputs, each once and with its input's folder; absolute paths.
 
     Hidden files, what lies below `exclude`, and earlier outputs of prepare_data.py are not among
@@ -189,22 +166,8 @@ def stem(path: Path) -> str:
     return path.name
 
 
-def identify(path: Path) -> str:
-    """SHA-256 of what a file holds."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
-
-
-def _hash(*facts) -> str:
-    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _left_out(error: ValueError, path: Path) -> LeftOut:
-    """The error's reason, without the file's name at its start."""
-    return LeftOut(str(path), str(error).removeprefix(f"{path}: "))
+def _hash(*values) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _natural(name: str) -> list:
@@ -249,156 +212,169 @@ def patient_of(path: Path, top: Path, options: Options, default: str) -> str:
     return match.group(1)
 
 
-def _dicom_series(
-    files: list[tuple[Path, Path]],
-    masks: dict[tuple[Path, str], Path],
-    options: Options,
-    read_headers: Callable[[list[Path]], Iterable[list[dicom.Header] | str]],
-    left_out: list[LeftOut],
-) -> Iterator[Series]:
-    """DICOM files by SeriesInstanceUID, in order; adds to `left_out`."""
-    groups: dict[str, list[dicom.Header]] = defaultdict(list)
-    tops = dict(files)
-    for path, headers in zip(tops, read_headers(list(tops)), strict=True):
-        if isinstance(headers, str):
-            left_out.append(_left_out(ValueError(headers), path))
-            continue
-        for header in headers:
-            groups[header.series].append(header)
-    for uid, headers in groups.items():
-        folder = os.path.commonpath([header.path.parent for header in headers])
+class _Search:
+    """The series that are found, file by file, and what is left out."""
+
+    def __init__(self, options: Options, left_out: list[LeftOut]) -> None:
+        self.options, self.left_out = options, left_out
+        self.series: list[Series] = []
+        self.taken: set[Path] = set()  # files, links resolved, that tables name
+        self.masks: dict[tuple[Path, str], Path] = {}  # by folder and stem of the image
+        self.copies: dict[str, Path] = {}  # content -> the first file that has it
+
+    def leave_out(self, where: Path | str, reason: str | Exception) -> None:
+        if isinstance(reason, OSError):
+            reason = f"cannot be opened: {reason.strerror}"
+        self.left_out.append(LeftOut(str(where), str(reason).removeprefix(f"{where}: ")))
+
+    def identify(self, path: Path) -> str:
+        """SHA-256 of a file; ValueError where another file holds the same."""
+        content = disk.file_hash(path)
+        if content in self.copies:
+            raise ValueError(f"a copy: of {self.copies[content]}")
+        return content
+
+    def add_table(self, table: Path, files: Sequence[Path]) -> None:
+        """The rows of a label.csv by patient; a bad one takes all files below its folder along."""
+        self.taken.add(table.resolve())
         try:
-            kept, out, notes = dicom.arrange(headers)
-            found = {patient_of(h.path, tops[h.path], options, h.patient): h.path for h in kept}
-            if len(found) > 1:
-                names = ", ".join(f"{name} ({path})" for name, path in found.items())
-                raise ValueError(f"{len(found)} patients in one series by the pattern: {names}")
-            left_out += [LeftOut(where, reason) for where, reason in out]
-            if not kept:
-                continue
-            own = _dicom_masks(kept, masks)
-            sources = [Source(header.path, header, own[header.path]) for header in kept]
-            states = [header.path.stat() for header in kept]
-            facts = [(h.uid, h.corner, h.spacing, h.orientation) for h in kept]
-            facts += [(state.st_size, state.st_mtime_ns) for state in states]
-            facts += [identify(s.mask) for s in sources if s.mask]
-        except (OSError, ValueError) as error:
-            left_out.append(LeftOut(f"{folder} (series {uid})", str(error)))
-            continue
-        contents = [header.uid for header in kept]
-        patient = next(iter(found))
-        yield Series("dicom", folder, patient, uid, sources, contents, _hash(facts), notes)
-
-
-def _dicom_masks(
-    headers: list[dicom.Header], masks: dict[tuple[Path, str], Path]
-) -> dict[Path, Path | None]:
-    """The mask of each file of a series: its own, or one NIfTI file of all in their folder."""
-    own = {h.path: masks.pop((h.path.parent, stem(h.path)), None) for h in headers}
-    folder = headers[0].path.parent
-    whole = [
-        key for key, path in masks.items() if key[0] == folder and volumes.kind_of(path) == "nifti"
-    ]
-    if not any(own.values()) and len(whole) == 1:
-        own = dict.fromkeys(own, masks.pop(whole[0]))
-    return own
-
-
-def _array_series(
-    files: list[tuple[Path, Path]],
-    masks: dict[tuple[Path, str], Path],
-    options: Options,
-    copies: dict[str, Path],
-    left_out: list[LeftOut],
-) -> Iterator[Series]:
-    """Volume files, each a series, and 2D files by folder and patient; adds to `left_out`."""
-    flat: dict[tuple[Path, str], list[tuple]] = defaultdict(list)
-    deep: list[tuple] = []
-    for path, top in files:
-        try:
-            is_volume = volumes.dimensions(path, options.variable) == 3
-            inside = path.parent.relative_to(top)
-            folder = str(inside) if inside.parts else top.name
-            rescale = None
-            if volumes.kind_of(path) != "nifti":
-                rescale = _scale(path, top, options)
-            mask = masks.pop((path.parent, stem(path)), None)
-            content, of_mask = identify(path), identify(mask) if mask else None
-            patient = patient_of(path, top, options, "" if is_volume else folder)
+            rows = read_csv(table)
+            rescale = self.options.rescale or ct.read_rescale(table.parent)
         except ValueError as error:
-            left_out.append(_left_out(error, path))
-            continue
-        if content in copies:
-            left_out.append(LeftOut(str(path), f"a copy: of {copies[content]}"))
-            continue
-        copies[content] = path
-        source = Source(path, None, mask, rescale)
-        item = source, content, _hash(content, of_mask, rescale)
-        if is_volume:
-            deep.append((*item, patient, folder))
-        else:
-            flat[path.parent, patient].append(item)
+            self.leave_out(table, error)
+            self.taken |= {path.resolve() for path in files if path.is_relative_to(table.parent)}
+            return
+        header = [name.lower() for name in rows.columns]
+        if "image" not in header:  # as the stages take it
+            header[:2] = ["image", "contour"][: len(header)]
+        groups: dict[str, list[tuple]] = defaultdict(list)
+        for line in rows.itertuples(index=False):
+            cells = dict(zip(header, line, strict=True))
+            path = table.parent / cells.get("image", "")
+            mask = table.parent / cells["contour"] if cells.get("contour") else None
+            try:
+                outside = [n for n in (cells.get("image", ""), cells.get("contour")) if n]
+                outside = [name for name in outside if not limits.inside(name)]
+                if outside:
+                    raise ValueError(f"a path out of the table's folder: {outside[0]}")
+                missing = [str(p) for p in (path, mask) if p and not p.is_file()]
+                if missing:
+                    raise ValueError(f"missing, listed in {table}: {missing[0]}")
+                self.taken |= {p.resolve() for p in (path, mask) if p}
+                numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
+                split = cells.get("split", "").lower()
+                if split not in ("", *SPLITS):
+                    known = ", ".join(SPLITS)
+                    raise ValueError(f"split {cells['split']!r}, expected one of {known}")
+                content, of_mask = self.identify(path), disk.file_hash(mask) if mask else None
+            except (OSError, ValueError) as error:
+                self.leave_out(path, error)
+                continue
+            self.copies[content] = path
+            told = *numbers, cells.get("label", ""), split
+            source = Source(path, None, mask, rescale, *told)
+            patient = cells.get("patient_id") or cells["image"]
+            groups[patient].append((source, content, (of_mask, rescale, told)))
+        for patient, group in groups.items():
+            sources, contents, facts = (list(part) for part in zip(*group, strict=True))
+            name, fingerprint = f"{table} ({patient})", _hash(contents, facts)
+            self.series.append(
+                Series("table", name, patient, str(table), sources, contents, fingerprint)
+            )
 
-    # A volume is named by its file, or by its folder where several have that name.
-    names = Counter(stem(source.path) for source, *_ in deep)
-    for source, content, facts, patient, folder in deep:
-        name = stem(source.path)
-        patient = patient or (name if names[name] == 1 else folder)
-        place = str(source.path)
-        yield Series("volume", place, patient, place, [source], [content], facts)
-    for (folder, patient), group in flat.items():
-        group.sort(key=lambda item: _natural(item[0].path.name))
-        sources, contents, facts = (list(part) for part in zip(*group, strict=True))
-        name = str(folder)
-        yield Series("images", name, patient, name, sources, contents, _hash(facts))
+    def add_dicom(self, files: list[tuple[Path, Path]], workers: int) -> None:
+        """DICOM files, each with its input's folder, by SeriesInstanceUID, in order."""
+        groups: dict[str, list[dicom.Header]] = defaultdict(list)
+        tops = dict(files)
+        for path, headers in zip(tops, dicom.read_all_headers(list(tops), workers), strict=True):
+            if isinstance(headers, str):
+                self.leave_out(path, headers)
+                continue
+            for header in headers:
+                groups[header.series].append(header)
+        for uid, headers in groups.items():
+            folder = os.path.commonpath([header.path.parent for header in headers])
+            try:
+                kept, out, notes = dicom.arrange(headers)
+                found = {
+                    patient_of(h.path, tops[h.path], self.options, h.patient): h.path for h in kept
+                }
+                if len(found) > 1:
+                    names = ", ".join(f"{name} ({path})" for name, path in found.items())
+                    raise ValueError(f"{len(found)} patients in one series by the pattern: {names}")
+                self.left_out += [LeftOut(where, reason) for where, reason in out]
+                if not kept:
+                    continue
+                masks = self.take_masks(kept)
+                states = [header.path.stat() for header in kept]
+                facts = [(h.uid, h.corner, h.spacing, h.orientation) for h in kept]
+                facts += [(state.st_size, state.st_mtime_ns) for state in states]
+                hashes = {mask: disk.file_hash(mask) for mask in set(masks) if mask}
+                facts += [hashes[mask] for mask in masks if mask]
+            except (OSError, ValueError) as error:
+                self.leave_out(f"{folder} (series {uid})", error)
+                continue
+            sources = [Source(h.path, h, mask) for h, mask in zip(kept, masks, strict=True)]
+            contents, fingerprint = [header.uid for header in kept], _hash(facts)
+            patient = next(iter(found))
+            self.series.append(
+                Series("dicom", folder, patient, uid, sources, contents, fingerprint, notes)
+            )
 
+    def take_masks(self, headers: list[dicom.Header]) -> list[Path | None]:
+        """The mask of each file of a series: its own, or one NIfTI file of all in their folder."""
+        paths = dict.fromkeys(header.path for header in headers)  # one may have several frames
+        own = {path: self.masks.pop((path.parent, stem(path)), None) for path in paths}
+        folder = headers[0].path.parent
+        whole = [
+            key
+            for key, path in self.masks.items()
+            if key[0] == folder and volumes.kind_of(path) == "nifti"
+        ]
+        if not any(own.values()) and len(whole) == 1:
+            own = dict.fromkeys(own, self.masks.pop(whole[0]))
+        return [own[header.path] for header in headers]
 
-def _table_series(
-    table: Path, top: Path, options: Options, copies: dict[str, Path], left_out: list[LeftOut]
-) -> tuple[list[Series], set[Path]]:
-    """The rows of a label.csv by patient, and the files it names; adds to `left_out`."""
-    frame = read_csv(table)
-    header = [name.lower() for name in frame.columns]
-    if "image" not in header:  # as the stages take it
-        header[:2] = ["image", "contour"][: len(header)]
-    rescale = options.rescale or ct.read_rescale(table.parent)
-    groups: dict[str, list[tuple]] = defaultdict(list)
-    used: set[Path] = set()
-    for line in frame.itertuples(index=False):
-        cells = dict(zip(header, line, strict=True))
-        path = table.parent / cells.get("image", "")
-        mask = table.parent / cells["contour"] if cells.get("contour") else None
-        try:
-            outside = [n for n in (cells.get("image", ""), cells.get("contour")) if n]
-            outside = [name for name in outside if not limits.inside(name)]
-            if outside:
-                raise ValueError(f"a path out of the table's folder: {outside[0]}")
-            missing = [str(p) for p in (path, mask) if p and not p.is_file()]
-            if missing:
-                raise ValueError(f"missing, listed in {table}: {missing[0]}")
-            used |= {p.resolve() for p in (path, mask) if p}
-            numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
-            if cells.get("split", "").lower() not in ("", *SPLITS):
-                raise ValueError(f"split {cells['split']!r}, expected one of {', '.join(SPLITS)}")
-            content, of_mask = identify(path), identify(mask) if mask else None
-            if content in copies:
-                raise ValueError(f"a copy: of {copies[content]}")
-        except (OSError, ValueError) as error:
-            left_out.append(_left_out(ValueError(error), path))
-            continue
-        copies[content] = path
-        told = *numbers, cells.get("label", ""), cells.get("split", "").lower()
-        source = Source(path, None, mask, rescale, *told)
-        patient = cells.get("patient_id") or cells["image"]
-        groups[patient].append((source, content, (of_mask, rescale, told)))
-    series = []
-    for patient, group in groups.items():
-        sources, contents, facts = (list(part) for part in zip(*group, strict=True))
-        name, place = f"{table} ({patient})", str(table)
-        series.append(
-            Series("table", name, patient, place, sources, contents, _hash(contents, facts))
-        )
-    return series, used
+    def add_arrays(self, files: list[tuple[Path, Path]]) -> None:
+        """Volume files, each a series, and 2D files by folder and patient."""
+        flat: dict[tuple[Path, str], list[tuple]] = defaultdict(list)
+        deep: list[tuple] = []
+        for path, top in files:
+            try:
+                is_volume = volumes.dimensions(path, self.options.variable) == 3
+                inside = path.parent.relative_to(top)
+                folder = str(inside) if inside.parts else top.name
+                is_nifti = volumes.kind_of(path) == "nifti"
+                rescale = None if is_nifti else _scale(path, top, self.options)
+                mask = self.masks.pop((path.parent, stem(path)), None)
+                of_mask = disk.file_hash(mask) if mask else None
+                patient = patient_of(path, top, self.options, "" if is_volume else folder)
+                content = self.identify(path)
+            except (OSError, ValueError) as error:
+                self.leave_out(path, error)
+                continue
+            self.copies[content] = path
+            item = Source(path, None, mask, rescale), content, _hash(content, of_mask, rescale)
+            if is_volume:
+                deep.append((*item, patient, folder))
+            else:
+                flat[path.parent, patient].append(item)
+
+        # A volume is named by its file, or by its folder where several have that name.
+        names = Counter(stem(source.path) for source, *_ in deep)
+        for source, content, fingerprint, patient, folder in deep:
+            name, place = stem(source.path), str(source.path)
+            patient = patient or (name if names[name] == 1 else folder)
+            self.series.append(
+                Series("volume", place, patient, place, [source], [content], fingerprint)
+            )
+        for (folder, patient), group in flat.items():
+            group.sort(key=lambda item: _natural(item[0].path.name))
+            sources, contents, facts = (list(part) for part in zip(*group, strict=True))
+            name = str(folder)
+            self.series.append(
+                Series("images", name, patient, name, sources, contents, _hash(facts))
+            )
 
 
 def _number(cells: dict[str, str], name: str) -> float | None:
@@ -412,123 +388,3 @@ def _number(cells: dict[str, str], name: str) -> float | None:
     if not np.isfinite(value) or (name == "pixel_spacing" and value <= 0):
         raise ValueError(f"{name} {cells[name]!r}, expected a number")
     return value
-
-
-# Reading.
-
-
-def read_series(series: Series, options: Options) -> Iterator[Slice | LeftOut]:
-    """The slices of a series, upright and from head to feet; or why one of them can't be used.
-
-    Raises ValueError where nothing of the series can be.
-    """
-    if series.kind == "volume":
-        yield from _read_volume(series.sources[0], options)
-        return
-    opened: dict = {}  # the file read last: a multi-frame one holds the next slices too
-    for source in series.sources:
-        where = source.header.where if source.header else str(source.path)
-        try:
-            if source.header is not None:
-                yield _read_dicom(source, options, opened)
-            else:
-                yield _read_picture(source, series.kind, options)
-        except ValueError as error:
-            yield LeftOut(where, str(error).removeprefix(f"{source.path}: "))
-
-
-def _read_dicom(source: Source, options: Options, opened: dict) -> Slice:
-    header = source.header
-    try:
-        if opened.get("path") != source.path:
-            opened |= {"path": source.path, "file": dicom.read_file(source.path)}
-        hu = dicom.read_frame(opened["file"], header.frame)
-    except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{source.path}: {error}") from error
-    hu, mask = dicom.upright(hu, header.orientation), None
-    if source.mask is not None and volumes.kind_of(source.mask) == "nifti":
-        if opened.get("mask") != source.mask:
-            opened |= {"mask": source.mask, "volume": volumes.decode(source.mask)}
-        mask = _at_slice(source.mask, opened["volume"], header)
-    elif source.mask is not None:
-        mask = dicom.upright(ct.read_contour(source.mask)[0], header.orientation)
-    mask = _same_shape(mask, hu, source.mask)
-    turned = abs(header.orientation[0]) < abs(header.orientation[1])
-    spacing = header.spacing[::-1] if header.spacing and turned else header.spacing
-    return Slice(header.where, hu, spacing, header.height, mask, source)
-
-
-def _at_slice(path: Path, mask: volumes.Volume, header: dicom.Header) -> np.ndarray:
-    """The slice of a mask's volume where a DICOM slice lies, bool (H, W)."""
-    if mask.heights is None:
-        raise ValueError(f"{path}: its header has no orientation, expected one")
-    nearest = int(np.abs(mask.heights - header.height).argmin())
-    shift = *(mask.corner - header.corner_upright), mask.heights[nearest] - header.height
-    _require_near(path, shift, header.where)
-    return ct.as_mask(mask.values[nearest])
-
-
-def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
-    shift = np.array([float(mm) for mm in shift])
-    if np.abs(shift).max() > NEAR:
-        raise ValueError(
-            f"{path}: lies {', '.join(f'{mm:.1f}' for mm in shift)} mm (to the left, the back, the "
-            f"head) from {where}, expected the same place"
-        )
-
-
-def _read_picture(source: Source, kind: str, options: Options) -> Slice:
-    """A 2D file and its mask. Those of a table are read as the stages read them."""
-    mask = height = None
-    spacing = (source.spacing, source.spacing) if source.spacing else None
-    if kind == "table":
-        hu = ct.read_hu(source.path, source.rescale, options.window)
-        if source.mask is not None:
-            mask = ct.read_contour(source.mask)[0]
-    else:
-        volume = _read_hu(source.path, source.rescale, options)
-        hu, spacing = volume.values[0], volume.spacing
-        height = None if volume.heights is None else float(volume.heights[0])
-        if source.mask is not None:
-            mask = ct.as_mask(_read_mask(source.mask, options).values[0])
-    problem = None if options.trust_hu else hu_problem(hu)
-    if problem:
-        raise ValueError(problem)
-    mask = _same_shape(mask, hu, source.mask)
-    return Slice(str(source.path), hu, spacing, height, mask, source)
-
-
-def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
-    volume, masks = _read_hu(source.path, source.rescale, options), None
-    heights = [None] * len(volume.values) if volume.heights is None else volume.heights
-    if source.mask is not None:
-        mask = _read_mask(source.mask, options)
-        masks = _same_shape(ct.as_mask(mask.values), volume.values, source.mask)
-        if volume.heights is not None and mask.heights is not None:
-            furthest = np.abs(volume.heights - mask.heights).argmax()
-            shift = *(mask.corner - volume.corner), (mask.heights - volume.heights)[furthest]
-            _require_near(source.mask, shift, str(source.path))
-    for i, (image, height) in enumerate(zip(volume.values, heights, strict=True)):
-        part = None if masks is None else masks[i]
-        yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, part, source)
-
-
-def _read_mask(path: Path, options: Options) -> volumes.Volume:
-    """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
-    return _read_hu(path, (1.0, 0.0), replace(options, variable=None))
-
-
-def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) -> volumes.Volume:
-    """HU of a slice or volume file, upright and from head to feet."""
-    volume = volumes.read_volume(path, options.variable, options.array_axes)
-    rescale = (1.0, 0.0) if volume.is_hu else rescale
-    hu = ct.scale_to_hu(volume.values, path, rescale, options.window)
-    if volume.is_hu:
-        hu = np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu)
-    return replace(volume, values=hu)
-
-
-def _same_shape(mask: np.ndarray | None, hu: np.ndarray, path: Path | None) -> np.ndarray | None:
-    if mask is not None and mask.shape != hu.shape:
-        raise ValueError(f"{path}: a mask of {mask.shape} pixels, expected {hu.shape}: its image's")
-    return mask

@@ -225,7 +225,29 @@ def require_one_of_each(path: str | Path, columns: Sequence[str]) -> None:
         raise ValueError(f"{path}: several columns are named {twice[0]!r}, expected one")
 
 
-# label.csv.
+# label.csv, and labels of patients.
+
+
+def read_labels(path: str | Path) -> dict[str, str]:
+    """The label of each patient, by columns patient_id and label or in this order.
+
+    Raises ValueError where a patient has two.
+    """
+    frame = read_csv(path)
+    if frame.empty or frame.shape[1] < 2:
+        raise ValueError(f"{path}: expected a header and two columns, patient_id and label")
+    columns = [name.lower() for name in frame.columns]
+    require_one_of_each(path, columns)
+    named = {"patient_id", "label"} <= set(columns)
+    pairs = frame.set_axis(columns, axis=1)[["patient_id", "label"]] if named else frame.iloc[:, :2]
+    labels: dict[str, str] = {}
+    for patient, label in pairs.itertuples(index=False):
+        if labels.setdefault(patient, label) != label:
+            raise ValueError(
+                f"{path}: patient {patient} is {labels[patient]} and {label}, expected one label a "
+                "patient"
+            )
+    return labels
 
 
 def read_table(csv_file: str | Path, root: str | Path, split: Split) -> tuple[list[Row], list[str]]:

@@ -14,9 +14,9 @@ import tifffile
 from PIL import Image
 from pydicom.uid import SecondaryCaptureImageStorage
 from scans import SIZE, ct_dataset, ct_datasets, lungs, nifti, scan, write_dicom
-from test_prepare_data import prepare, prepare_data, rows_of, volume_of
+from test_prepare_data import prepare, rows_of, volume_of
 
-from fibldm import disk
+from fibldm import disk, slices
 
 BAD = {"PatientID": "bad", "SeriesInstanceUID": "1.9"}
 
@@ -483,7 +483,7 @@ def dies(series, *_):
     return real_prepare(series, *_)
 
 
-real_prepare = prepare_data.prepare
+real_prepare = slices.prepare_series
 
 
 def test_a_process_that_dies_takes_no_other_series_with_it(tmp_path, capsys, monkeypatch):
@@ -491,7 +491,7 @@ def test_a_process_that_dies_takes_no_other_series_with_it(tmp_path, capsys, mon
         changes = {"PatientID": f"P{patient}", "SeriesInstanceUID": f"1.2.{patient}"}
         write_dicom(tmp_path / "in" / str(patient), ct_datasets(patient, **changes))
     bad_series(tmp_path / "in" / "bad")
-    monkeypatch.setattr(prepare_data, "prepare", dies)
+    monkeypatch.setattr(slices, "prepare_series", dies)
     data = prepare(tmp_path / "in", "--num_workers", 2)
     assert len(rows_of(data)) == 15
     assert "ended its process" in capsys.readouterr().out
@@ -539,12 +539,12 @@ def test_a_lost_key_is_an_error_and_so_is_another(tmp_path):
     prepare(tmp_path / "in", "--key_file", tmp_path / "moved.key")
 
 
-def test_the_key_may_not_lie_in_the_output(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        prepare(
-            tmp_path, "--key_file", tmp_path / "data" / "x.key", "--output_dir", tmp_path / "data"
-        )
-    assert "keep it outside of --output_dir" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--key_file", "--report"])
+def test_what_names_patients_may_not_lie_in_the_output(tmp_path, option):
+    data = tmp_path / "data"
+    arguments = (option, data / "x", "--output_dir", data)
+    refused(f"{option} .*keep it outside of --output_dir", tmp_path, *arguments)
+    assert not data.exists()
 
 
 @pytest.mark.parametrize("what", ["label.csv", "dataset.json"])
@@ -588,12 +588,12 @@ def test_out_of_memory_in_one_series_stops_no_other(tmp_path, capsys, monkeypatc
             raise MemoryError
         return real_read_series(series, options)
 
-    monkeypatch.setattr(prepare_data, "read_series", read_series)
+    monkeypatch.setattr(slices, "read_series", read_series)
     assert len(rows_of(prepare(tmp_path / "in"))) == 5
     assert "MemoryError" in capsys.readouterr().out
 
 
-real_read_series = prepare_data.read_series
+real_read_series = slices.read_series
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """HU, the window, and slices and contours read from and written to every file format."""
 
-import itertools
 import json
 
 import nibabel
@@ -8,7 +7,6 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 from scipy import ndimage
 
@@ -402,69 +400,3 @@ def test_converted_contours_are_as_training_has_them(side):
     np.testing.assert_array_equal(outline, ct.outline_mask(ct.fit_contour(mask, 64)))
     filled = ct.fit_contour(ct.outline_mask(mask), 64, "filled")
     np.testing.assert_array_equal(filled, ct.fit_contour(mask, 64))
-
-
-# NIfTI's orientation
-
-
-ORIENTATIONS = [
-    "".join(codes) for codes in itertools.product("LR", "AP", "IS")
-] + ["PLS", "ARI", "SLP", "IAR"]  # fmt: skip
-
-
-def picture() -> np.ndarray:
-    """HU (12, 16): another value in each pixel; front at the top, right at the left."""
-    return np.arange(12 * 16, dtype=np.int16).reshape(12, 16) - 500
-
-
-@pytest.mark.parametrize("form", ["sform", "qform"])
-@pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_a_nifti_slice_is_upright_whatever_its_orientation(tmp_path, codes, form):
-    """Each voxel keeps its place in the patient while its axes are turned; nibabel turns them."""
-    volume = nibabel.Nifti1Image(picture().T[:, :, None], np.diag([-0.7, -0.7, 2.0, 1.0]))
-    turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(codes))
-    volume = volume.as_reoriented(turn)
-    assert "".join(nibabel.aff2axcodes(volume.affine)) == codes
-    affine = volume.affine.copy()  # the next lines write into it
-    volume.set_sform(affine, code=1 if form == "sform" else 0)
-    volume.set_qform(affine, code=1 if form == "qform" else 0)
-    nibabel.save(volume, tmp_path / "a.nii.gz")
-    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii.gz"), picture())
-
-
-def test_a_nifti_slice_without_a_third_axis_is_read(tmp_path):
-    volume = nibabel.Nifti1Image(picture().T[::-1, ::-1], np.diag([1.0, 1.0, 1.0, 1.0]))
-    nibabel.save(volume, tmp_path / "a.nii")
-    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii"), picture())
-
-
-def test_a_nifti_slice_without_orientation_is_read_as_stored(tmp_path):
-    volume = nibabel.Nifti1Image(picture().T[:, :, None], None)
-    assert volume.header["sform_code"] == volume.header["qform_code"] == 0
-    nibabel.save(volume, tmp_path / "a.nii")
-    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.nii"), picture())
-
-
-@pytest.mark.parametrize(
-    "affine",
-    [np.diag([1.0, 0.0, 1.0, 1.0]), np.diag([np.nan, 1.0, 1.0, 1.0]),
-     np.diag([np.inf, 1.0, 1.0, 1.0]), np.zeros((4, 4))],
-)  # fmt: skip
-def test_a_nifti_slice_with_a_broken_affine_is_refused_by_name(tmp_path, affine):
-    volume = nibabel.Nifti1Image(picture().T[:, :, None], None)
-    for row, name in enumerate(("srow_x", "srow_y", "srow_z")):
-        volume.header[name] = affine[row]
-    volume.header["sform_code"] = 1
-    # Written by hand, as nibabel writes no such header.
-    (tmp_path / "a.nii").write_bytes(
-        volume.header.binaryblock + bytes(4) + picture().T.tobytes(order="F")
-    )
-    with pytest.raises(ValueError, match=r"a\.nii: .*affine"):
-        ct.read_hu(tmp_path / "a.nii")
-
-
-def test_a_coronal_nifti_slice_is_refused(tmp_path):
-    volume = nibabel.Nifti1Image(picture().T[:, None, :], np.diag([-1.0, -1.0, 1.0, 1.0]))
-    nibabel.save(volume, tmp_path / "a.nii")
-    with pytest.raises(ValueError, match=r"a\.nii: .*not an axial one"):
-        ct.read_hu(tmp_path / "a.nii")

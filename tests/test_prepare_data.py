@@ -29,8 +29,9 @@ from scans import (
 )
 
 import train_vae
-from fibldm import ct, disk, export
+from fibldm import ct, disk, export, preparation
 from fibldm.datasets import CTDataset
+from fibldm.slices import Settings
 from fibldm.tables import Split, read_table
 
 
@@ -405,6 +406,23 @@ def test_one_mask_for_a_folder_of_dicom(tmp_path, capsys, shift):
         np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], half[number])
 
 
+def test_a_mask_of_a_multi_frame_file(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (path,) = write_dicom(folder, [enhanced()])
+    half = lungs().copy()
+    half[:, : SIZE // 2] = False
+    mask = nifti(half.astype(np.uint8))
+    mask.affine[:3, 3] = 180, 180, 0
+    nibabel.save(nibabel.Nifti1Image(mask.dataobj, mask.affine), f"{path}_seg.nii.gz")
+    data = prepare(folder, "--mask_suffix", "_seg", "--min_lung_area", 0)
+    for row, truth in zip(rows_of(data), half, strict=True):
+        np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], truth)
+    Path(f"{path}_seg.nii.gz").unlink()
+    Image.fromarray(half[0].astype(np.uint8)).save(f"{path}_seg.png")
+    prepare(folder, "--mask_suffix", "_seg", "--min_lung_area", 0)
+    assert "one slice, expected a NIfTI volume for several frames" in capsys.readouterr().out
+
+
 def test_outlines(tmp_path):
     write_dicom(tmp_path / "in", ct_datasets())
     filled = prepare(tmp_path / "in")
@@ -600,6 +618,21 @@ def test_a_pattern_finds_the_patient_in_paths(tmp_path):
     assert len({row["patient_id"] for row in rows_of(data)}) == 2
 
 
+def test_from_python(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    labels = {"MRN-4711": "fibrosis", "nobody": "normal"}
+    arguments = ([tmp_path / "in"], tmp_path / "data", Settings(image_size=SIZE))
+    first = preparation.prepare(*arguments, labels=labels)
+    assert first.rows == rows_of(tmp_path / "data")
+    assert {row["label"] for row in first.rows} == {"fibrosis"}
+    assert [(one.found, one.masks, one.error) for one in first.prepared["dicom"]] == [(5, 0, None)]
+    assert (first.unchanged, first.left_out) == (0, [])
+    assert first.notes == ["1 patients of --labels are in no input: nobody"]
+    assert first.key_file.is_file() and first.report.is_file()
+    second = preparation.prepare(*arguments)
+    assert (second.rows, second.prepared, second.unchanged) == (first.rows, {}, 1)
+
+
 # Again, in parallel, interrupted.
 
 
@@ -738,8 +771,8 @@ def test_an_edited_table_is_kept_beside_the_new_one(tmp_path, capsys):
 def test_two_runs_at_once_are_refused(tmp_path):
     write_dicom(tmp_path / "in", ct_datasets())
     with (
-        prepare_data.only_run(tmp_path / "data"),
-        pytest.raises(ValueError, match="another run is writing"),
+        disk.locked(tmp_path / "data"),
+        pytest.raises(ValueError, match="data: another process is writing to it"),
     ):
         prepare(tmp_path / "in")
 
@@ -802,7 +835,8 @@ def test_killed_anywhere_and_run_again_it_ends_as_if_undisturbed(tmp_path, monke
             raise Killed
         real(path, write)
 
-    for writes in (2, 8, 12, 13, 3):  # an image, a contour, the record, the table, the report
+    # The report, an image, a contour, the record; then, with it, the table and the report again.
+    for writes in (2, 3, 8, 13, 14, 4, 7):
         left = writes
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(disk, "write_atomically", write_atomically)

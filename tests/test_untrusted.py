@@ -5,22 +5,19 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from conftest import ROOT
 from PIL import Image
 
 from benchmarks import fuzz
-from fibldm import checkpoint, ct, limits, plots, report, volumes
+from fibldm import checkpoint, ct, limits, plots, report
 from fibldm.encoding import LatentDataset
 from fibldm.metrics import Score
 from fibldm.tables import Split, read_table
@@ -140,64 +137,6 @@ def test_bombs_are_refused_before_they_take_memory(name, tmp_path):
     for (message, grown), expected in zip(found, REFUSALS[name], strict=True):
         assert re.search(f"(?s){expected}", message), message
         assert len(message) < 1000 and grown < most, f"{grown:.0f} MiB: {message}"
-
-
-@pytest.mark.parametrize("deflated", [True, False])
-@pytest.mark.parametrize("dtype", [np.float64, np.int16, np.uint8, bool, np.float32])
-def test_what_matlab_files_may_hold_is_read(dtype, deflated, tmp_path):
-    """Beside the volume all that MATLAB writes: small numbers, words, structures, nothing."""
-    values = (np.random.default_rng(0).random((20, 30, 40)) * 100).astype(dtype)
-    scalars = {
-        "a": 1.0,
-        "b": np.int8(2),
-        "c": "words",
-        "d": {"e": np.zeros(9)},
-        "f": np.zeros((0, 3)),
-    }
-    content = {**scalars, "volume": values, "g": np.array(["x", 1], object)}
-    scipy.io.savemat(tmp_path / "a.mat", content, do_compression=deflated)
-    assert np.array_equal(volumes.decode(tmp_path / "a.mat").values, values)
-
-
-@pytest.mark.parametrize(("kind", "size"), [(8, 4800), (9, 4801), (9, 2**31 - 8)])
-def test_damaged_values_of_matlab_files_do_not_reach_scipy(kind, size, tmp_path):
-    """It crashes on kinds that are no numbers, and takes the room that it is told of."""
-    path = tmp_path / "a.mat"
-    scipy.io.savemat(path, {"volume": np.ones((20, 30))})
-    content = path.read_bytes()
-    tag = struct.pack("<II", 9, 4800)
-    assert content.count(tag) == 1
-    path.write_bytes(content.replace(tag, struct.pack("<II", kind, size)))
-    what = rf"damaged: {size:,} bytes of kind {kind} for an array of \(20, 30\)"
-    message = rf"a\.mat: cannot be decoded as an image: {what}"
-    with pytest.raises(ValueError, match=message):
-        volumes.decode(path)
-
-
-def test_complex_values_are_no_slices(tmp_path):
-    content = {"k_space": np.ones((20, 30), complex), "k": np.ones((20, 30), complex)}
-    scipy.io.savemat(tmp_path / "a.mat", content)
-    with pytest.raises(ValueError, match=r"a\.mat: 0 arrays in 2D or 3D, expected one"):
-        volumes.decode(tmp_path / "a.mat")
-    scipy.io.savemat(tmp_path / "a.mat", content | {"volume": np.full((20, 30), 7.0)})
-    assert np.array_equal(volumes.decode(tmp_path / "a.mat").values, np.full((20, 30), 7.0))
-
-
-def test_what_hdf5_files_may_hold_is_read(tmp_path):
-    """Large pieces, pieces that are not deflated or not there, beside an empty array of any."""
-    path, values = tmp_path / "a.mat", np.arange(40 * 64 * 64, dtype=np.int16).reshape(40, 64, 64)
-    with h5py.File(path, "w") as file:
-        grown = {"maxshape": (None, 64, 64), "chunks": (64, 64, 64), "shuffle": True}
-        made = file.create_dataset(
-            "volume", data=values, compression="gzip", fletcher32=True, **grown
-        )
-        made.resize((200, 64, 64))
-        made.id.write_direct_chunk((128, 0, 0), np.ones((64, 64, 64), "i2").tobytes() + b"0" * 4, 7)
-        file.create_dataset("log", (0,), "f4", maxshape=(None,), chunks=(2**21,))
-    read = volumes.decode(path).values.T
-    assert (
-        np.array_equal(read[:40], values) and (read[128:192] == 1).all() and not read[64:128].any()
-    )
 
 
 def test_what_real_volumes_need_is_allowed(tmp_path):
@@ -324,19 +263,6 @@ def test_a_checkpoint_behind_other_bytes_is_refused(tmp_path):
     (tmp_path / "b.pth").write_bytes(b"junk" + (tmp_path / "a.pth").read_bytes())
     with pytest.raises(ValueError, match=r"b\.pth: .*not a ZIP file"):
         checkpoint.load_model(tmp_path / "b.pth", VAE)
-
-
-def test_an_mat_file_reads_no_other_file(tmp_path):
-    """HDF5 has links, and arrays whose bytes lie in any file of the machine."""
-    other = tmp_path / "secret.bin"
-    other.write_bytes(bytes(range(256)) * 4)
-    with h5py.File(tmp_path / "a.mat", "w") as file:
-        file.create_dataset("V", (32, 32), "u1", external=[(str(other), 0, 1024)])
-    with h5py.File(tmp_path / "b.mat", "w") as file:
-        file["V"] = h5py.ExternalLink(str(tmp_path / "a.mat"), "V")
-    for name in "a.mat", "b.mat":
-        with pytest.raises(ValueError, match=rf"{name}: 0 arrays in 2D or 3D"):
-            volumes.decode(tmp_path / name)
 
 
 NASTY = """<script>alert("1")</script> & 'b' " onload='x'"""
