@@ -7,14 +7,15 @@ samples: as they are, blurred, with noise; and training slices copied. Prints a 
 """
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy import ndimage as ndi
 
@@ -25,7 +26,7 @@ import evaluate
 
 from fibldm import ct, export
 from fibldm.phantom import phantom_slice
-from fibldm.tables import Row, Split, parse_table
+from fibldm.tables import Row, Split, parse_table, write_csv
 
 PARTS = (("test", 0.4), ("train", 0.3), ("val", 0.3))  # "val" stand for samples
 SHOWN = (
@@ -52,10 +53,8 @@ def link(data: Path, folder: Path) -> list[Row]:
     folder.mkdir()
     for name in ("images", "contours", "dataset.json"):
         (folder / name).symlink_to((data / name).resolve())
-    with open(folder / "label.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "contour", "patient_id", "split"])
-        writer.writerows([r.image, r.contour, r.patient_id, part[i]] for i, r in enumerate(rows))
+    lines = pd.DataFrame([replace(row, split=part[i]) for i, row in enumerate(rows)])
+    write_csv(folder / "label.csv", lines, ["image", "contour", "patient_id", "split"])
     return parse_table(folder / "label.csv", folder, Split())[0]
 
 
@@ -67,10 +66,9 @@ def write_samples(folder: Path, slices: list[tuple[np.ndarray, np.ndarray]]) -> 
         path = folder / f"sample_{i:05d}.png"
         export.write_slice(path, ct.hu_to_unit(hu), ct.DEFAULT_WINDOW, "png")
         Image.fromarray(contour.astype(np.uint8) * 255).save(folder / f"contour_{i:05d}.bmp")
-        lines.append([path.name, f"contour_{i:05d}.bmp", ""])
+        lines.append({"file": path.name, "contour": f"contour_{i:05d}.bmp"})
     ct.write_dataset_info(folder, export.png_info(ct.DEFAULT_WINDOW))
-    with open(folder / "samples.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file", "contour", "label"], *lines])
+    write_csv(folder / "samples.csv", lines, ["file", "contour", "label"])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ train_vae.py wrote. Pictures of patients (panels) go into --out alone: they must
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -20,10 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -48,7 +49,7 @@ from fibldm.lungs import lung_mask
 from fibldm.optim import EMA, Muon, Precision
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
-from fibldm.tables import Split, read_table
+from fibldm.tables import Split, read_table, write_csv
 from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped, fine_scale
 
 HERE = Path(__file__).resolve().parent
@@ -255,12 +256,9 @@ def load_slices(args: argparse.Namespace) -> tuple[Tensor, Tensor, np.ndarray]:
     held = set(names[:HELD_OUT])
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / "dataset.json", args.out / "dataset.json")
-    with open(args.out / "label.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "contour", "patient_id", "split"])
-        for r in rows:
-            split = "val" if r.patient_id in held else "train"
-            writer.writerow([r.image, r.contour, r.patient_id, split])
+    rows = [replace(r, split="val" if r.patient_id in held else "train") for r in rows]
+    columns = ["image", "contour", "patient_id", "split"]
+    write_csv(args.out / "label.csv", pd.DataFrame(rows), columns)
     rows, _ = read_table(args.out / "label.csv", source, Split())
     data = CTDataset(rows, source, source, SIZE)
 

@@ -182,6 +182,13 @@ def test_benchmarks_load_no_pickle_either(path):
         assert keyword(call, "allow_pickle") in (None, "False"), f"line {call.lineno}"
 
 
+def test_tables_are_read_and_written_in_one_module():
+    for path in (*ALL.values(), *(ROOT / "benchmarks").glob("*.py")):
+        assert "csv" not in imports(path), path.name
+        used = {name_of(call) for call in calls(path)} & {"pd.read_csv", "pandas.read_csv"}
+        assert not used or path.stem == "tables", path.name
+
+
 def test_backward_stands_in_each_training_script_and_not_in_the_package():
     def has_backward(path: Path) -> bool:
         return any(name_of(call).endswith(".backward") for call in calls(path))
