@@ -116,11 +116,11 @@ def conditions_of(
             f"{data.folder}: contour channels and size: found {found}, expected {expected}; "
             "another data set than the models'"
         )
-    contours, labels = data.contours[rows], [data.rows[row].label for row in rows]
+    contours, table = data.contours[rows], data.table.iloc[rows]
     asked = Conditions(
         fit_contours(contours, form),
-        [f"{PAIRED}{data.rows[row].image}" for row in rows],
-        [name if name in classes else "" for name in labels],
+        [f"{PAIRED}{image}" for image in table["image"]],
+        [name if name in classes else "" for name in table["label"]],
     )
     return asked, style_notes(contours, form.style)
 

@@ -183,8 +183,11 @@ def encode_csv(
     views: Views,
     overwrite: bool = False,
     remedy: str = "use --overwrite",
+    dry_run: bool = False,
 ) -> list[str]:
     """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
+
+    With `dry_run` it is only checked that this can begin.
 
     Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
     from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
@@ -216,6 +219,9 @@ def encode_csv(
     # What the VAE's training has checked is not decoded twice. It is also a barrier: no rank sees
     # what another is about to write.
     sizes, _ = dataset.check(Path(vae_file).with_name(CHECKED), update=False)
+    if dry_run:
+        what = f"{len(dataset)} latents of {len(rows)} slices"
+        return [*notes, f"--dry_run: {what} can be encoded into {folder}"]
     facts["pixel_spacing"] = dataset.fitted_spacing(sizes)
     return notes + write_latents(folder, dataset, vae, facts, device, batch_size, workers)
 

@@ -11,93 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from fibldm import ct, export, limits
+from fibldm.conditions import PAIRED, SUFFIXES, Conditions, label_name
 from fibldm.disk import file_hash, replace_text
-from fibldm.encoding import LatentDataset
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice
 from fibldm.panels import write_samples
-from fibldm.synthesis import ATTEMPTS, Label, Synthesizer, label_name
+from fibldm.synthesis import ATTEMPTS
 from fibldm.tables import Row, list_some, read_csv, write_csv
 
-SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy", ".nii", ".nii.gz", ".dcm")
-PICTURES = (".gif", ".jpg", ".jpeg")  # of contours; HU would be lost in them
 COLUMNS = ("file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet")
 LEFT = ("args.json", "samples.csv", "dataset.json")  # what a run leaves beside its samples
-PAIRED = "contour of "  # before an image of label.csv, in the column `contour` of samples.csv
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for: contours (M, K, S, S), or None; a name and a label for each of them."""
-
-    contours: np.ndarray | None
-    names: list[str]
-    labels: list[Label]
-
-    def of(self, indices: Sequence[int]) -> np.ndarray | None:
-        """The contours of samples, (N, K, S, S): sample i has contour i modulo M."""
-        if self.contours is None:
-            return None
-        return self.contours[[i % len(self.contours) for i in indices]]
-
-
-def request_from_files(path: Path, model: Synthesizer) -> tuple[Request, list[str]]:
-    """The contour in a file, or those in a folder's images, and notes: what is left out of it.
-
-    Hidden files are no contours. Raises ValueError where there is none, or one is damaged.
-    """
-    notes = []
-    if path.is_dir():
-        there = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        files = [p for p in there if p.name.lower().endswith((*SUFFIXES, *PICTURES))]
-        others = [p.name for p in there if p not in files]
-        if others:
-            notes.append(
-                f"--contours {path}: {len(others)} files are no images:{list_some(others)}"
-            )
-    else:
-        files = [path] if path.is_file() else []
-    if not files:
-        found = "no images in it" if path.is_dir() else "no such file or folder"
-        raise ValueError(f"--contours {path}: {found} ({', '.join((*SUFFIXES, *PICTURES))})")
-    channels = model.unet.config["contour_channels"]
-    contours = [ct.read_contour(file, channels) for file in files]
-    request = Request(model.fit_contours(contours), list(map(str, files)), [""] * len(files))
-    return request, notes + style_notes(contours, model.contour_style)
-
-
-def request_from_latents(
-    data: LatentDataset, split: str, model: Synthesizer
-) -> tuple[Request, list[str]]:
-    """Contours and labels of a latent data set's split, and notes. ValueError where none fit."""
-    rows = data.indices(split, views=False)
-    if not rows:
-        raise ValueError(f"{data.folder}: its {split} split is empty")
-    found = data.contour_channels, data.image_size
-    expected = model.unet.config["contour_channels"], model.image_size
-    if found != expected:
-        raise ValueError(
-            f"{data.folder}: contour channels and size: found {found}, expected {expected}; "
-            "another data set than the models'"
-        )
-    contours = data.contours[rows]
-    table = data.table.iloc[rows]
-    request = Request(
-        model.fit_contours(contours),
-        [f"{PAIRED}{image}" for image in table["image"]],
-        [name if name in model.classes else "" for name in table["label"]],
-    )
-    return request, style_notes(contours, model.contour_style)
-
-
-def style_notes(contours: Sequence[np.ndarray], style: str | None) -> list[str]:
-    """That contours of another style than the U-Net's are converted, and how many."""
-    if style is None:
-        return []
-    converted = sum(ct.contour_style(contour) not in (None, style) for contour in contours)
-    done = "masks: their outlines are taken" if style == "outline" else "outlines: they are filled"
-    note = f"{converted} of {len(contours)} contours are {done}, as the U-Net was trained on"
-    return [f"{note} {style} contours"] if converted else []
 
 
 def describe_copies(copies: Sequence[tuple[int, str]], left_out: Sequence[str]) -> str:
@@ -162,39 +85,40 @@ class SampleFolder:
         return self.folder / f"sample_{index:05d}{self.suffix}"
 
     def look(
-        self, indices: Sequence[int], request: Request, window: ct.Window, shown: int
+        self, indices: Sequence[int], asked: Conditions, window: ct.Window, shown: int
     ) -> tuple[list[np.ndarray], list[float]]:
         """The first `shown` samples, (S, S) in [-1, 1], and the Dice of contours and lungs of all.
 
         They are read from the files: what is given away is what is measured.
         """
-        images, agreement, rescale = [], [], export.png_info(window).rescale
+        images, agreement = [], []
+        rescale = export.png_info(window).rescale if self.suffix == ".png" else None
         for i in indices:
             hu = ct.read_hu(self.path(i), rescale, window)
             if len(images) < shown:
                 images.append(ct.hu_to_unit(hu, window))
-            if request.contours is not None:
-                asked = request.of([i]).max(axis=1) > 0
-                agreement.append(float(contour_dice(lung_mask(hu)[None], asked)[0]))
+            if asked.contours is not None:
+                contour = asked.of([i]).max(axis=1) > 0
+                agreement.append(float(contour_dice(lung_mask(hu)[None], contour)[0]))
         return images, agreement
 
     def finish(
         self,
         indices: Sequence[int],
         rows: list[dict[str, object]],
-        request: Request,
+        asked: Conditions,
         images: Sequence[np.ndarray],
     ) -> None:
         """Write grid.png of the first images (S, S) and, last, samples.csv of all indices.
 
         rows: what the table says of each sample, besides its file and what was asked for.
         """
-        shown = request.of(indices[: len(images)])
+        shown = asked.of(indices[: len(images)])
         write_samples(self.folder / "grid.png", np.stack(images), shown)
         for i, row in zip(indices, rows, strict=True):
-            k = i % len(request.names)
-            row |= {"file": self.path(i).name, "contour": request.names[k]}
-            row["label"] = label_name(request.labels[k])
+            k = i % len(asked.names)
+            row |= {"file": self.path(i).name, "contour": asked.names[k]}
+            row["label"] = label_name(asked.labels[k])
         write_csv(self.table, rows, COLUMNS)
 
 

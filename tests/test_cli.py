@@ -105,7 +105,9 @@ def test_out_of_gpu_memory_says_what_to_lower_with_numbers(monkeypatch):
     assert "4 slices at once instead of 8" in said and "--batch_size (64" in said
     assert "widths" in out_of_memory(error, options(batch_size=8, grad_accum=2))
     sampling = argparse.Namespace(batch_size=16)
-    assert "Lower --batch_size (16 slices at once)" in out_of_memory(error, sampling)
+    assert "Lower --batch_size (16 slices at once, over 4 processes)" in out_of_memory(
+        error, sampling
+    )
     assert out_of_memory(RuntimeError("shape mismatch"), options()) is None
 
 

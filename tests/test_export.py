@@ -23,8 +23,8 @@ import train_controlnet
 import train_ldm_unet
 from fibldm import ct, export
 from fibldm.checkpoint import load_model
+from fibldm.conditions import read_contours
 from fibldm.encoding import LatentDataset
-from fibldm.samples import request_from_files
 from fibldm.synthesis import Synthesizer
 from fibldm.unet import UNet
 
@@ -129,6 +129,13 @@ def test_png_samples_are_a_data_set_that_is_read_as_hu(drawn):
     assert Image.open(drawn["png"] / "grid.png").mode == "RGB"
     for name in "npy", "nifti", "dicom":
         assert not (drawn[name] / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("file_format", ["npy", "nifti", "dicom"])
+def test_the_grid_shows_the_same_samples_whatever_the_format(file_format, drawn):
+    grids = [Image.open(drawn[name] / "grid.png").convert("L") for name in ("png", file_format)]
+    png, other = (np.asarray(grid, dtype=int) for grid in grids)
+    assert png.std() > 20 and np.abs(png - other).max() <= 2
 
 
 def test_another_format_leaves_no_scale_of_the_last(stages, tmp_path):
@@ -464,9 +471,9 @@ def test_masks_given_to_a_u_net_of_outlines_become_outlines(stages, data):
     model = Synthesizer.from_checkpoints(
         stages / "vae" / "vae_best.pth", stages / "unet" / "unet_best.pth", device="cpu"
     )
-    model.contour_style = "outline"
+    form = model.contour_form._replace(style="outline")
     masks = np.stack([np.asarray(Image.open(p)) > 0 for p in sorted(data.glob("contours/*"))])
-    request, notes = request_from_files(data / "contours", model)
+    asked, notes = read_contours(data / "contours", form)
     drawn = [ct.outline_mask(mask[None])[0] for mask in masks]
-    np.testing.assert_array_equal(request.contours[:, 0], drawn)
+    np.testing.assert_array_equal(asked.contours[:, 0], drawn)
     assert "24 of 24 contours are masks: their outlines are taken" in notes[0]

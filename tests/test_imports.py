@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "inspection": {"anatomy", "ct", "findings", "likeness", "limits", "panels", "tables"},
     "metrics": {"features"},
     "features": set(),
+    "weights": {"features"},
     "privacy": {"likeness", "metrics"},
     "disease": {"ct", "metrics"},
     "plots": set(),
@@ -50,12 +51,13 @@ MAY_IMPORT = {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
         *("unet", "vae"),
     },
+    "conditions": {"ct", "encoding", "tables", "unet"},
     "synthesis": {
-        *("batches", "checkpoint", "controlnet", "ct", "disk", "export", "optim", "privacy"),
+        *("batches", "checkpoint", "conditions", "controlnet", "ct", "export", "optim", "privacy"),
         *("samplers", "scheduler", "unet", "vae"),
     },
     "samples": {
-        *("ct", "disk", "encoding", "export", "limits", "lungs", "metrics"),
+        *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),
         *("panels", "synthesis", "tables"),
     },
     "evaluation": {

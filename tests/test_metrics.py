@@ -144,7 +144,7 @@ def test_realism_without_weights_is_ssim(no_weights, tmp_path):
 def pixel_realism(folder: Path) -> Realism:
     realism = Realism(CPU, folder)
     realism.networks = pixel_networks()
-    realism.sources = dict.fromkeys([*metrics.SET_METRICS, *metrics.PAIR_METRICS], "pixels")
+    realism.sources = dict.fromkeys([*metrics.SET_METRICS, "lpips", "ssim", "diversity"], "pixels")
     return realism
 
 

@@ -152,6 +152,19 @@ def test_the_latents_of_the_training_split_are_standard(stages):
     assert np.allclose(again, data.latents[data.indices("val")[:1]], atol=1e-2)  # float16 images
 
 
+def test_a_dry_run_of_encoding_reads_all_and_writes_nothing(stages, phantoms, tmp_path, capsys):
+    shutil.copytree(phantoms, tmp_path / "data")
+    table = ["--csv_file", tmp_path / "data" / "label.csv", "--img_dir", tmp_path / "data"]
+    vae = ["--vae_checkpoint", stages / "vae" / "vae_best.pth", "--device", "cpu"]
+    words = [*table, *vae, "--output_dir", tmp_path / "latents", "--num_workers", "0", "--dry_run"]
+    run(encode_dataset, words)
+    assert "latents of 24 slices can be encoded into" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    next((tmp_path / "data" / "images").iterdir()).write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 24 rows are bad"):
+        run(encode_dataset, words)
+
+
 def test_8_bit_images_without_dataset_json(phantoms, tmp_path, capsys):
     for row in csv.DictReader((phantoms / "label.csv").open()):
         hu = ct.read_hu(phantoms / row["image"], (1.0, -1024.0))

