@@ -37,7 +37,7 @@ SHARED_MEMORY = "/dev/shm"
 class Views:
     """How often each training slice is encoded: as it is, and moved and scaled a little.
 
-    Latents can't be moved by less than a cell of the VAE, nor scaled: what is moved is the slice.
+    A latent cannot be moved by less than one cell of the VAE, nor scaled. So the slice is.
     """
 
     count: int = 1
@@ -280,8 +280,8 @@ def stat_files(paths: Sequence[Path]) -> list[os.stat_result]:
 def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
     """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, -most to most.
 
-    uniform (N, 2) in [0, 1) says how far down and right: from 0, up and left, over 0.5, not at all.
-    Nothing is interpolated, so that texture stays as it is; what comes in is air, -1.
+    uniform (N, 2) in [0, 1) says how far: 0 is `most` pixels up and left, 0.5 is not at all.
+    Nothing is interpolated, so texture stays as it is. The free border becomes air, -1.
     """
     height, width = x.shape[2:]
     offsets = (uniform * (2 * most + 1)).long() - most
@@ -297,8 +297,8 @@ def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
     """Batches of a dataset in the order given; `workers` processes decode ahead of their use.
 
-    They hand them over in shared memory. Where there is too little, fewer do, or this process
-    alone, and it says so; what is decoded is the same.
+    Batches are passed in shared memory. If there is too little of it, fewer processes decode, or
+    this one alone, with a warning. The batches are the same.
     """
     if workers:
         size = getattr(batches, "size", None) or max(map(len, batches), default=0)

@@ -185,7 +185,7 @@ def encode_csv(
     remedy: str = "use --overwrite",
     dry_run: bool = False,
 ) -> list[str]:
-    """Make `folder` the latents of a table by a VAE file, or find that it is; return notes.
+    """Encode a table's slices by a VAE file into `folder`, unless that is done; return notes.
 
     With `dry_run` it is only checked that this can begin.
 

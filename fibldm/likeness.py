@@ -1,4 +1,4 @@
-"""Near copies of a slice, by what is finer in it than all chests share."""
+"""Near copies of a slice, found by fine detail: coarse structure is alike in all chests."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

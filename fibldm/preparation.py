@@ -1,6 +1,6 @@
-"""A data set (label.csv, slices in HU, contours) of scans in any format, in which nobody is named.
+"""Make a data set (label.csv, slices in HU, contours) of scans in any format.
 
-Patients appear under keyed hashes alone. Prepared again, only what is new is done.
+Patients appear as keyed hashes only. A second run prepares only what is new or has changed.
 """
 
 import contextlib
@@ -60,11 +60,11 @@ def prepare(
 ) -> Preparation:
     """Make, or add to, the data set in the folder `output` from all chest CT below `inputs`.
 
-    labels: of patients, by the names that they have in the inputs. key_file: the secret that
-    patients are hashed with, made where absent; report: the table of all that is left out. Both
-    identify people; by default they lie beside `output`. workers: processes. Raises ValueError
-    where there is no CT, or the folder holds something else or was made with other settings or by
-    another key, or cannot be written: then what is done is kept.
+    labels: {patient as named in the inputs: label}. key_file: the secret that patients are hashed
+    with; it is made if it is absent. report: the table of all that is left out. Both identify
+    people; by default they lie beside `output`. workers: processes. Raises ValueError if there is
+    no CT, or if the folder holds something else, was made with other settings or by another key,
+    or cannot be written. What was done until then is kept.
     """
     output, labels = Path(os.path.abspath(output)), labels or {}
     key_file = key_file or output.with_name(f"{output.name}.key")

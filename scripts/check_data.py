@@ -25,8 +25,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n\n")[0], "  python scripts/check_data.py ./data")
     add = parser.add_argument
     add("data", type=Path, help="folder with label.csv, dataset.json and what they name")
-    add("--csv_file", type=Path, help="the table, where it is not label.csv in the folder")
-    add("--img_dir", type=Path, help="folder its paths are relative to, where it is another")
+    add("--csv_file", type=Path, help="the table, if it is not label.csv in the folder")
+    add("--img_dir", type=Path, help="folder its paths are relative to, if it is another")
     add(
         "--window", type=float, nargs=2, default=DEFAULT_WINDOW, metavar=("LOW", "HIGH"),
         help="HU that training makes -1 and 1",

@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "  python scripts/check_data.py ./data",
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folders or files")
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets the data set")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the data set")
     slices = parser.add_argument_group("slices")
     slices.add_argument(
         "--image_size", type=positive, default=Settings.image_size, help="height and width, pixels"
@@ -57,27 +57,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     patients = parser.add_argument_group("patients")
     patients.add_argument(
-        "--labels", type=Path, help="CSV: patient_id and label (or in this order)"
+        "--labels",
+        type=Path,
+        help="CSV table with the columns patient_id and label, or with these first",
     )
     patients.add_argument(
         "--patient_pattern", type=_pattern, metavar="REGEX",
-        help="its first group, found in a file's path below INPUT, is the patient (default: the "
+        help="names the patient by its first group, in a file's path below INPUT (default: the "
         "PatientID of DICOM; label.csv; the name of a volume's file; the folder of single slices)",
     )  # fmt: skip
     patients.add_argument(
         "--key_file", type=Path,
-        help="secret that patients are hashed with, made if absent (default: OUTPUT_DIR.key)",
+        help="secret key that patients are hashed with; made if absent (default: OUTPUT_DIR.key)",
     )  # fmt: skip
-    files = parser.add_argument_group("files that do not say it themselves")
+    files = parser.add_argument_group("files without a mask, a scale or axes of their own")
     files.add_argument(
-        "--mask_suffix", help="as _mask: scan_mask.nii.gz holds the lungs of scan.nii.gz"
+        "--mask_suffix", help="such as _mask: scan_mask.nii.gz holds the lungs of scan.nii.gz"
     )
-    files.add_argument("--variable", help="in MAT and NPZ files (default: the only 2D or 3D one)")
+    files.add_argument(
+        "--variable", help="array in MAT and NPZ files (default: the only 2D or 3D one)"
+    )
     files.add_argument(
         "--array_axes", type=_axes,
-        help="of arrays and pictures: z counts slices from head to feet, y from front to back, x "
-        "from the patient's right to left; a capital letter: the other way (default: zyx, or "
-        "yxz where the first two are equal)",
+        help="axes of arrays and pictures: z runs from head to feet, y from front to back, x "
+        "from the patient's right to left; a capital letter runs the other way (default: zyx, "
+        "or yxz if the first two are equal)",
     )  # fmt: skip
     files.add_argument(
         "--rescale", type=finite, nargs=2, metavar=("SLOPE", "INTERCEPT"),
@@ -86,13 +90,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_window_option(files, Options.window, "HU of 0 and 255 in 8-bit pictures without a scale")
     files.add_argument(
         "--trust_hu", action="store_true",
-        help="take files whose values do not look like the HU of chest CT, too",
+        help="also take files whose values do not look like the HU of chest CT",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path,
         help="table of all that is left out, with file names (default: OUTPUT_DIR.left_out.csv)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="make the data set anew")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the data set that is there"
+    )
     add_workers_option(parser)
     return parser.parse_args(argv)
 
