@@ -110,10 +110,12 @@ def log_parts(folder: Path) -> list[Path]:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, float]]:
-    """The rows of a run's whole log, in order."""
+    """The rows of a run's whole log, in order; a row that a kill tore is left out."""
     for path in log_parts(folder):
         with open(path) as file:
-            yield from map(json.loads, file)
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 def _step_of(row: str, validated: int) -> float:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm.cli import add_workers_option, fraction, make_parser, positive, run_script
+from fibldm.cli import (
+    add_window_option,
+    add_workers_option,
+    fraction,
+    integer,
+    make_parser,
+    positive,
+    run_script,
+)
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.findings import Finding
 from fibldm.inspection import Inspection, inspect
@@ -27,21 +35,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("data", type=Path, help="folder with label.csv, dataset.json and what they name")
     add("--csv_file", type=Path, help="the table, if it is not label.csv in the folder")
     add("--img_dir", type=Path, help="folder its paths are relative to, if it is another")
-    add(
-        "--window", type=float, nargs=2, default=DEFAULT_WINDOW, metavar=("LOW", "HIGH"),
-        help="HU that training makes -1 and 1",
-    )  # fmt: skip
+    add_window_option(parser, DEFAULT_WINDOW, "HU that training makes -1 and 1")
     add("--contour_channels", type=positive, default=1, help="as train_controlnet.py has it")
     add("--val_fraction", type=fraction, default=0.1, help="of patients, as train_vae.py has it")
     add("--test_fraction", type=fraction, default=0.1, help="of patients, as train_vae.py has it")
-    add("--split_seed", type=int, default=0, help="as train_vae.py has it")
+    add("--split_seed", type=integer, default=0, help="as train_vae.py has it")
     add("--contact_sheet", type=Path, help="PNG to write; contact_sheet.png in the folder if unset")
     add_workers_option(parser)
     add("--all", action="store_true", help=f"list all rows of each problem, not the first {SHOWN}")
     args = parser.parse_args(argv)
-    if args.window[0] >= args.window[1]:
-        parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
-    args.window = tuple(args.window)
     args.contact_sheet = args.contact_sheet or args.data / "contact_sheet.png"
     return args
 
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         args.data,
         args.csv_file,
         args.img_dir,
-        window=args.window,
+        window=tuple(args.window),
         contour_channels=args.contour_channels,
         split=Split(args.split_seed, args.val_fraction, args.test_fraction),
         workers=args.num_workers,

@@ -15,6 +15,7 @@ from fibldm import limits
 from fibldm.checkpoint import WEIGHTS_ALONE, export_weights
 from fibldm.cli import make_parser, run_script
 from fibldm.disk import file_hash, replace_text
+from fibldm.journal import read_log
 from fibldm.synthesis import Synthesizer
 from fibldm.tables import SPLITS, Split, parse_table
 
@@ -105,9 +106,8 @@ def describe_validation(checkpoints: dict[str, Path], facts: dict[str, dict]) ->
     lines += ["export again with `--report`.", "", "| model | step | metric | value |"]
     lines += ["|---|---|---|---|"]
     for kind, file in checkpoints.items():
-        log, values = file.with_name("metrics.jsonl"), {}
-        for line in log.read_text("utf-8").splitlines() if log.is_file() else []:
-            row = json.loads(line)
+        values = {}
+        for row in read_log(file.parent):
             if row["step"] == facts[kind].get("step"):
                 values |= {n.removeprefix("val/"): v for n, v in row.items() if n[:4] == "val/"}
         for name in VALIDATION:

@@ -1,6 +1,6 @@
 """Draw a data set of synthetic lung CT, with and without fibrosis, and its lung contours.
 
-It needs no patient's data, and it is what the quickstart and the tests train on.
+It needs no patient's data. The quickstart and the tests train on it.
 """
 
 import argparse
@@ -9,44 +9,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fibldm.cli import count, make_parser, number, positive, run_script
+from fibldm.ct import STYLES
 from fibldm.phantom import write_dataset
 
-EXAMPLE = """example:
-  python scripts/make_phantom_data.py --output_dir ./data --patients 40 --slices_per_patient 8
-"""
 
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default, and the example as it is written."""
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=EXAMPLE, formatter_class=_Help
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        __doc__.split("\n\n")[0],
+        "  python scripts/make_phantom_data.py --output_dir ./data --patients 40",
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("data"), help="folder to write")
-    add("--patients", type=int, default=40, help="number of patients; every second has fibrosis")
-    add("--slices_per_patient", type=int, default=8, help="slices of each patient")
-    add("--image_size", type=int, default=256, help="height and width in pixels")
-    add("--seed", type=int, default=0, help="another seed draws other patients")
     add(
-        "--contour_style",
-        choices=("filled", "outline"),
-        default="filled",
+        "--patients", type=positive, default=40,
+        help="number of patients; every second one has fibrosis",
+    )  # fmt: skip
+    add("--slices_per_patient", type=positive, default=8, metavar="N", help="slices of each")
+    add(
+        "--image_size", type=number(int, lambda n: n >= 16, "a whole number of at least 16"),
+        default=256, help="height and width in pixels",
+    )  # fmt: skip
+    add("--seed", type=count, default=0, help="another seed draws other patients")
+    add(
+        "--contour_style", choices=STYLES, default="filled",
         help="contours as filled lungs, or as their outline, one pixel wide",
-    )
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace a data set that is already there")
     args = parser.parse_args(argv)
-
-    for name, least in (
-        ("patients", 1),
-        ("slices_per_patient", 1),
-        ("image_size", 16),
-        ("seed", 0),
-    ):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: expected at least {least}")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir}: expected a folder, found a file")
     if (args.output_dir / "label.csv").exists() and not args.overwrite:
@@ -57,7 +47,7 @@ def parse_args(argv=None):
     return args
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     # label.csv goes first: until the new one is there, the folder is no data set.
     (args.output_dir / "label.csv").unlink(missing_ok=True)
     # Only files named as this script names them go: the folder may hold other things.
@@ -72,9 +62,9 @@ def main(args) -> None:
         args.seed,
         contour_style=args.contour_style,
     )
-    count = args.patients * args.slices_per_patient
-    print(f"{args.output_dir / 'label.csv'}: {count} slices of {args.patients} patients")
+    slices = args.patients * args.slices_per_patient
+    print(f"{args.output_dir / 'label.csv'}: {slices} slices of {args.patients} patients")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)
