@@ -118,6 +118,7 @@ def commands(work: Path, views: int) -> dict[str, list]:
         *("--steps", 1000, "--val_interval", 1000),
     ]
     sampling = ["--val_samples", 32, "--val_sampling_steps", 4]
+    as_they_are = ["--views", views, "--max_shift", 0, "--max_scale", 0]
     given = ["--vae_checkpoint", models / "vae_best.pth"]
     return {
         "train_vae": [
@@ -129,13 +130,13 @@ def commands(work: Path, views: int) -> dict[str, list]:
             *("--channels", 32, 64, "--blocks", 1, *sampling, *small),
         ],
         "train_controlnet": [
-            *("--data_path", data, "--latent_data_dir", work / "latents", *given),
+            *("--data_path", data, "--csv_path", "label.csv", *given, *as_they_are),
             *("--unet_checkpoint", models / "unet_best.pth", "--save_dir", work / "controlnet"),
             *(*sampling, *small),
         ],
         "encode_dataset": [
-            *("--csv_file", data / "label.csv", "--img_dir", data, *given, "--views", views),
-            *("--max_shift", 0, "--max_scale", 0, "--output_dir", work / "latents"),
+            *("--csv_file", data / "label.csv", "--img_dir", data, *given, *as_they_are),
+            *("--output_dir", work / "latents"),
             *("--device", "cpu", "--num_workers", 0),
         ],
     }
@@ -167,6 +168,8 @@ def main() -> None:
         work = Path(work)
         make_slices(work / "data", args.slices)
         count = make_latents(work / "latents", work / "data", work / "models", args.views)
+        (work / "controlnet").mkdir()
+        (work / "controlnet" / "latents").symlink_to(work / "latents")
         print(f"{args.slices} slices, {count} rows of latents\n")
         print("| stage | start, s (CPU) | resume, s (CPU) |\n|---|---|---|")
         for stage in args.stages:

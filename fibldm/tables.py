@@ -16,9 +16,12 @@ from fibldm.disk import replace_text
 
 SPLITS = ("train", "val", "test")
 SHOWN = 20  # of a list of bad rows in an error
+SHOWN_OF_LINE = 200  # characters
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-QUOTED = re.compile(r'"(?:[^"]|"")*"')
-RECORD = re.compile(r'(?:[^",]*|"(?:[^"]|"")*")(?:,(?:[^",]*|"(?:[^"]|"")*"))*')
+COLUMNS = 4096  # of a table at most
+QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
+CELL = rf'(?:[^",]*|{QUOTED.pattern})'
+RECORD = re.compile(f"{CELL}(?:,{CELL})*")
 QUOTE_ALL = 1  # of the csv module, which pandas writes with
 
 
@@ -117,31 +120,40 @@ def read_cells(
     if not records:
         raise ValueError(f"{path}: 0 lines; expected a header, and a line for each row")
     counts = [QUOTED.sub("", record).count(",") + 1 for record in records]
+    width = counts[0]
+    if width > COLUMNS:
+        raise ValueError(f"{path}: {width:,} columns, expected at most {COLUMNS:,}")
+
+    problems = _uneven_lines(path, numbers, records, counts)
+    first_cells = re.compile(f"{CELL}(?:,{CELL}){{{width - 1}}}")
+    records = [
+        first_cells.match(record).group() if count > width else record
+        for record, count in zip(records, counts, strict=True)
+    ]
     text = io.StringIO("\n".join(records))
-    cells = pd.read_csv(text, header=None, names=range(max(counts)), dtype=str, na_filter=False)
+    cells = pd.read_csv(text, header=None, names=range(width), dtype=str, na_filter=False)
     cells = cells.fillna("").apply(lambda column: column.str.strip())
-    cells.index = numbers
-    header, frame = cells.iloc[0, : counts[0]].tolist(), cells.iloc[1:, : counts[0]]
-    frame.columns = header
+    header, frame = cells.iloc[0].tolist(), cells.iloc[1:]
+    frame.columns, frame.index = header, numbers[1:]
     _require_header(path, header)
-    problems = []
-    for kind, what, found in (
-        ("short lines", "fewer", [n < counts[0] for n in counts]),
-        ("long lines", "more", [n > counts[0] for n in counts]),
-    ):
-        lines = [
-            f"line {number}: {record[:200]}"
-            for number, record, bad in zip(numbers, records, found, strict=True)
-            if bad
-        ]
-        if lines:
-            message = (
-                f"{path}: {len(lines)} lines have {what} cells than the header's {counts[0]}:"
-                + list_some(lines)
-            )
-            problems.append(TableProblem(kind, lines, message))
     named = [bool(name) or bool((frame.iloc[:, i] != "").any()) for i, name in enumerate(header)]
     return frame.loc[:, named], problems
+
+
+def _uneven_lines(
+    path: str | Path, numbers: list[int], records: list[str], counts: list[int]
+) -> list[TableProblem]:
+    """Lines with fewer cells than the first has, and those with more."""
+    problems = []
+    for kind, what, found in (
+        ("short lines", "fewer", [i for i, count in enumerate(counts) if count < counts[0]]),
+        ("long lines", "more", [i for i, count in enumerate(counts) if count > counts[0]]),
+    ):
+        lines = [f"line {numbers[i]}: {records[i][:SHOWN_OF_LINE]}" for i in found]
+        message = f"{path}: {len(lines)} lines have {what} cells than the header's {counts[0]}:"
+        if lines:
+            problems.append(TableProblem(kind, lines, message + list_some(lines)))
+    return problems
 
 
 def _read_text(path: str | Path, encoding: str) -> str:
@@ -188,17 +200,18 @@ def _joined(path: str | Path, lines: list[str]) -> list[tuple[int, str]]:
             whole.append((first, "\n".join(lines[first - 1 : number])))
             first = None
     if first is not None:
-        bad.append(f"line {first}: a quote is opened and never closed: {lines[first - 1]}")
+        bad.append(
+            f"line {first}: a quote is opened and never closed: {lines[first - 1][:SHOWN_OF_LINE]}"
+        )
     for number, record in whole:
         parts = record.split("\n")
         # One pair of quotes around what else are whole lines: two that are there by mistake.
         swallows = len(parts) > 1 and record.count('"') == 2
         swallows = swallows and all(part.count(",") == width for part in parts)
-        where = (
-            f"line {number}" if len(parts) == 1 else f"lines {number} to {number + len(parts) - 1}"
-        )
         if swallows or ('"' in record and not RECORD.fullmatch(record)):
-            bad.append(f"{where}: {parts[0]}")
+            last = number + len(parts) - 1
+            where = f"line {number}" if last == number else f"lines {number} to {last}"
+            bad.append(f"{where}: {parts[0][:SHOWN_OF_LINE]}")
     if bad:
         raise ValueError(
             f"{path}: unbalanced quotes; expected none, or quotes around the whole cell and those "
