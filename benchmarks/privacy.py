@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from fibldm import ct  # noqa: E402
 from fibldm.checkpoint import load_model  # noqa: E402
 from fibldm.datasets import CTDataset  # noqa: E402
-from fibldm.privacy import LATENTS, PIXELS, Privacy, disguises  # noqa: E402
+from fibldm.privacy import LATENTS, PIXELS, Privacy, altered_copies  # noqa: E402
 from fibldm.tables import Split, parse_table  # noqa: E402
 from fibldm.vae import LATENT_SCALE, VAE  # noqa: E402
 
@@ -73,10 +73,10 @@ def measure(folder: Path, vae_file: Path, splits: int, count: int, name: str) ->
             found.setdefault(("threshold", space), []).append(limits[space])
 
         picked = generator.permutation(len(train))[:count]
-        changed = disguises(images[train[picked]], split)
+        changed = altered_copies(images[train[picked]], split)
         changed["VAE round trip"] = decode(latents[train[picked]])
-        mixed = disguises(changed["VAE round trip"], split)["3-pixel shift"]
-        changed["all four at once"] = disguises(disguises(mixed, split)["noise"], split)[
+        mixed = altered_copies(changed["VAE round trip"], split)["3-pixel shift"]
+        changed["all four at once"] = altered_copies(altered_copies(mixed, split)["noise"], split)[
             "intensity"
         ]
         for way, copies in changed.items():

@@ -199,12 +199,11 @@ class Privacy:
         distances, rows = self.distances(images, latents)
         matches = []
         for i in range(len(distances[self.spaces[0]])):
-            mine = {name: float(distances[name][i]) for name in self.spaces}
-            ratios = {name: mine[name] / max(self.thresholds[name], 1e-9) for name in self.spaces}
-            where = min(ratios, key=ratios.__getitem__)
+            near = {name: float(distances[name][i]) for name in self.spaces}
+            ratios = {name: near[name] / max(self.thresholds[name], 1e-9) for name in self.spaces}
+            space = min(ratios, key=ratios.__getitem__)
             found = {name: int(rows[name][i]) for name in self.spaces}
-            ratio = ratios[where]
-            matches.append(Match(found[where], ratio, ratio < 1, mine, found))
+            matches.append(Match(found[space], ratios[space], ratios[space] < 1, near, found))
         return matches
 
     # What to report.
@@ -267,10 +266,9 @@ class Privacy:
             return None
         flagged, folds = np.zeros(len(number), bool), min(FOLDS, number.max() + 1)
         for fold in range(folds):
-            mine = number % folds == fold
-            limits = self._thresholds_without(mine)
-            for name, limit in limits.items():
-                flagged[mine] |= self.heldout[name][mine] < limit
+            left_out = number % folds == fold
+            for name, limit in self._thresholds_without(left_out).items():
+                flagged[left_out] |= self.heldout[name][left_out] < limit
         return flagged
 
     def negative_control(self, draws: int = 200, seed: int = 0) -> Score:
@@ -308,7 +306,7 @@ class Privacy:
         generator = np.random.default_rng(seed)
         rows = generator.permutation(len(self.patients))[:count]
         images = np.stack([np.asarray(self.train[int(row)], np.float32) for row in rows])
-        changed = disguises(images, seed)
+        changed = altered_copies(images, seed)
         if encode is not None and decode is not None:
             changed["VAE round trip"] = np.clip(decode(encode(images)), -1, 1)
         picks = list(resamples(self.patients[rows], draws, seed))
@@ -316,13 +314,9 @@ class Privacy:
         for name, copies in changed.items():
             latents = encode(copies) if self.latents is not None else None
             matches = self.nearest(copies, latents)
-            mine = self.patients[rows]
-            found = np.array(
-                [
-                    m.flagged and self.patients[m.row] == p
-                    for m, p in zip(matches, mine, strict=True)
-                ]
-            )
+            nearest = self.patients[[match.row for match in matches]]
+            flagged = np.array([match.flagged for match in matches], bool)
+            found = flagged & (nearest == self.patients[rows])
             value = float(found.mean())
             warning = self.caution()
             if value < FOUND:
@@ -360,7 +354,7 @@ def threshold(distances: np.ndarray, share: float) -> float:
     return min(lowest, float(np.exp(logs.mean() - SPREAD * logs.std())))
 
 
-def disguises(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def altered_copies(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Slices (n, H, W) in [-1, 1] as copies of them might look, each (n, H, W) float32.
 
     Noise of 50 HU (of a window of 1400), moved by 3 pixels of 256 down, right or both, and 10 %

@@ -15,7 +15,16 @@ import train_ldm_unet
 from fibldm import checkpoint, ct, disk, privacy, synthesis
 from fibldm.encoding import LatentDataset
 from fibldm.phantom import phantom_slice, write_dataset
-from fibldm.privacy import LATENTS, PIXELS, Match, Privacy, Rows, disguises, evenly_over, threshold
+from fibldm.privacy import (
+    LATENTS,
+    PIXELS,
+    Match,
+    Privacy,
+    Rows,
+    altered_copies,
+    evenly_over,
+    threshold,
+)
 from fibldm.vae import LATENT_SCALE, VAE
 
 TRAINED, HELD = 24, 12  # patients
@@ -81,7 +90,7 @@ def test_changed_copies_are_found_in_pixels_alone(way, slices):
     images, patients = slices
     found = Privacy(images[:TRAINED], patients[:TRAINED])
     found.calibrate(images[TRAINED:], None, patients[TRAINED:])
-    matches = found.nearest(disguises(images[:12], 1)[way], None)
+    matches = found.nearest(altered_copies(images[:12], 1)[way], None)
     assert [match.row for match in matches] == list(range(12))
     assert all(match.flagged for match in matches)
 
