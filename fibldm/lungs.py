@@ -65,14 +65,9 @@ def lung_mask(hu: np.ndarray) -> np.ndarray:
         for pieces in filter(None, found):
             pieces.judge(float(np.median(typical)))
     side = [-(-n // factor) for n in slices.shape[1:]]
-    small = np.zeros((len(slices), *side), bool)
-    for mask, pieces in zip(small, found, strict=True):
-        if pieces:
-            mask[:] = _outline(pieces)
+    small = np.stack([_outline(pieces) if pieces else np.zeros(side, bool) for pieces in found])
     if len(slices) > 1:
         _agree(found, small)
-    if factor == 1:
-        return small.reshape(hu.shape)
     return np.stack([_enlarge(mask, factor, hu.shape[-2:]) for mask in small]).reshape(hu.shape)
 
 
@@ -381,17 +376,17 @@ def _agree(found: list[_Pieces | None], masks: np.ndarray) -> None:
 
 def _fill_small(mask: np.ndarray, largest: float) -> np.ndarray:
     """Fill holes of at most `largest` pixels: vessels, not a heart that the lungs surround."""
-    labels, count = ndi.label(ndi.binary_fill_holes(mask) & ~mask)
-    small = np.bincount(labels.ravel(), minlength=count + 1) <= largest
+    labels, _ = ndi.label(ndi.binary_fill_holes(mask) & ~mask)
+    small = np.bincount(labels.ravel()) <= largest
     small[0] = False
     return mask | small[labels]
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
-    labels, count = ndi.label(mask)
-    if count == 0:
-        return mask
-    return labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    labels, _ = ndi.label(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return mask & (labels == sizes.argmax())
 
 
 def _close(mask: np.ndarray, radius: float) -> np.ndarray:

@@ -6,7 +6,6 @@ pneumonia (Raghu et al. 2022, doi:10.1164/rccm.202202-0399ST): reticulation, gro
 honeycombing that grow to the pleura, to the back and to the base.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -454,7 +453,7 @@ def write_dataset(
     "outline", one pixel wide. label.csv comes last and in one move, so that an interrupted run is
     not taken for a whole data set.
     """
-    if contour_style not in ("filled", "outline"):
+    if contour_style not in ct.STYLES:
         raise ValueError(f"contour_style: expected filled or outline, found {contour_style!r}")
     folder = Path(folder)
     for name in ("images", "contours"):
@@ -473,8 +472,7 @@ def write_dataset(
             Image.fromarray(np.round(hu + 1024).astype(np.uint16)).save(folder / "images" / name)
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "contours" / name)
             label = "fibrosis" if patient % 2 else "normal"
-            files = f"images/{name}", f"contours/{name}"
-            rows.append(dict(zip(COLUMNS, (*files, f"P{patient:04d}", label), strict=True)))
-    scale = {"rescale_slope": 1.0, "rescale_intercept": -1024.0}
-    (folder / "dataset.json").write_text(json.dumps(scale, indent=2) + "\n")
+            cells = f"images/{name}", f"contours/{name}", f"P{patient:04d}", label
+            rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    ct.write_dataset_info(folder, ct.DatasetInfo((1.0, -1024.0)))
     write_csv(folder / "label.csv", rows, COLUMNS)
