@@ -7,7 +7,6 @@ samples: as they are, blurred, with noise; and training slices copied. Prints a 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,12 +19,13 @@ from PIL import Image
 from scipy import ndimage as ndi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import evaluate
 
 from fibldm import ct, export
+from fibldm.evaluation import evaluate
+from fibldm.metrics import Score
 from fibldm.phantom import phantom_slice
+from fibldm.report import write_report
+from fibldm.synthesis import Synthesizer
 from fibldm.tables import Row, Split, parse_table, write_csv
 
 PARTS = (("test", 0.4), ("train", 0.3), ("val", 0.3))  # "val" stand for samples
@@ -74,6 +74,7 @@ def write_samples(folder: Path, slices: list[tuple[np.ndarray, np.ndarray]]) -> 
 def main(args: argparse.Namespace) -> None:
     generator = np.random.default_rng(1)
     found, seconds = {}, {}
+    model = args.vae_checkpoint and Synthesizer.from_checkpoints(args.vae_checkpoint)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         rows = link(args.data, work / "data")
@@ -107,19 +108,19 @@ def main(args: argparse.Namespace) -> None:
         }
         for i, (kind, slices) in enumerate(kinds.items()):
             write_samples(work / f"samples_{i}", slices)
-            words = ["--real", work / "data", "--samples", work / f"samples_{i}"]
-            words += ["--train", work / "data", "--output_dir", work / f"report_{i}"]
-            words += ["--draws", args.draws, "--num_workers", args.num_workers]
-            words += ["--vae_checkpoint", args.vae_checkpoint] if args.vae_checkpoint else []
             start = time.perf_counter()
-            evaluate.main(evaluate.parse_args([str(word) for word in words]))
+            evaluation = evaluate(
+                work / "data", work / f"samples_{i}", train=work / "data", model=model,
+                draws=args.draws, workers=args.num_workers, say=print,
+            )  # fmt: skip
+            write_report(evaluation, work / f"report_{i}")
             seconds[kind] = time.perf_counter() - start
-            numbers = json.loads((work / f"report_{i}" / "metrics.json").read_text())
-            groups = numbers["groups"].values()
-            found[kind] = {score["name"]: score for group in groups for score in group["scores"]}
+            groups = evaluation.groups.values()
+            found[kind] = {score.name: score for group in groups for score in group.scores}
 
-    def cell(score: dict | None, key: str) -> str:
-        return "" if score is None or score[key] is None else f"{score[key]:.3g}"
+    def cell(score: Score | None, key: str) -> str:
+        value = float("nan") if score is None else getattr(score, key)
+        return f"{value:.3g}" if np.isfinite(value) else ""
 
     first = found["other patients"]
     names = [name for name in first if any(part in name for part in SHOWN)]

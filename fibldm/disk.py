@@ -136,6 +136,9 @@ class StoredRows:
         )  # fmt: skip
         self.file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
 
+    def __reduce__(self) -> tuple:  # another process opens the file anew
+        return StoredRows, (self.path, self.file.writable())
+
     def __len__(self) -> int:
         return self.shape[0]
 

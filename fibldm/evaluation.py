@@ -1,293 +1,387 @@
-"""Slices read, segmented and measured in several processes, for an evaluation of any length.
+"""How good samples are: realism, control, disease and privacy, each beside real slices.
 
-What is kept of a slice is a few numbers; images and latents of all slices lie on disk.
+evaluation = evaluate("data", "samples", train="data")
+print(evaluation.table())
+report.write_report(evaluation, "report")
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+import contextlib
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from tqdm import tqdm
 
 from fibldm import ct, disease
 from fibldm.datasets import CTDataset, chunks
 from fibldm.disk import StoredRows, create_rows
-from fibldm.lungs import lung_mask
-from fibldm.metrics import Following, contour_dice, hausdorff95
-from fibldm.privacy import Match, Privacy
-from fibldm.samples import Samples
-from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.features import Networks
+from fibldm.measurement import (
+    BATCH,
+    Inputs,
+    MeasuredSlice,
+    Measurement,
+    SliceReader,
+    SliceSet,
+    image_of,
+    in_batches,
+    read_inputs,
+    spread,
+)
+from fibldm.metrics import Score, Verdict, control_scores, judge, number, realism_scores, worst
+from fibldm.panels import beside, grey, overlay
+from fibldm.privacy import FALSE, FOUND, Match, Privacy
+from fibldm.synthesis import Synthesizer
+from fibldm.tables import Split
 
-BATCH = 32
-PAIRS = 12  # closest pairs whose images are kept
+SHOWN = 12  # samples, and closest pairs, whose pictures are kept
+SEARCHED = 4 * BATCH  # samples at a time whose nearest training slices are looked for
+IMPLAUSIBLE = 0.05  # share of samples with implausible lungs: more is bad
+LISTED = 30  # implausible samples in the notes; metrics.json has all
+NEAR = 0.5  # of the threshold: a sample as near as that is looked at, however few there are
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What is kept of one slice: image (S, S) in [-1, 1], contour and lungs, and measures."""
+class Group:
+    """Scores that answer one question, what they say together, and notes on them."""
 
-    image: np.ndarray
-    asked: np.ndarray | None  # bool (S, S), the filled contour
-    found: np.ndarray  # bool (S, S), the lungs
-    measures: dict[str, float]
-    lungs: int
-    spacing: float  # mm of a pixel, NaN where unknown
-    dice: (
-        float  # of contour and lungs, and the distance of their borders in pixels; NaN: no contour
-    )
-    hd95: float
-    pair: np.ndarray | None = None  # (S, S) in [-1, 1]: the real slice whose contour was asked for
-    implausible: str | None = None
+    scores: Sequence[Score] = ()
+    verdict: Verdict | None = None
+    notes: Sequence[str] = ()
 
 
-def filled_contour(contour: np.ndarray, size: int) -> np.ndarray:
-    """A contour (K, H, W) of any style -> bool (size, size), the lungs that it asks for."""
-    fitted = ct.fit_contour(contour, size)
-    return ct.fill_outline(fitted.max(axis=0, keepdims=True))[0]
+@dataclass(frozen=True)
+class Picture:
+    """RGB uint8 (H, W, 3) with its caption; `alt` says in words what is seen."""
+
+    title: str
+    pixels: np.ndarray
+    alt: str
 
 
-class Reader:
-    """Reads and measures single slices; it travels to the processes that do so."""
+@dataclass(frozen=True)
+class SampleResult:
+    """What was found of one sample; `nearest` where copies were looked for."""
 
-    def __init__(self, real: CTDataset, samples: Samples, window: ct.Window) -> None:
-        self.real, self.samples, self.window = real, samples, window
-
-    def real_slice(self, row: int) -> Looked:
-        """A real slice as training sees it, and its own contour."""
-        hu, contour = self.real.read_pair(row)
-        image = self.fit(hu)
-        return self.measure(image, filled_contour(contour, self.samples.size), self.spacing(hu))
-
-    def sample(self, i: int, limits: disease.Limits | None = None) -> Looked:
-        """A sample, the contour it was asked to follow, and the real slice that has it."""
-        item, size = self.samples.items[i], self.samples.size
-        image = ct.hu_to_unit(
-            ct.read_hu(item.path, self.samples.info.rescale, self.window), self.window
-        )
-        spacing = self.samples.info.pixel_spacing or float("nan")
-        asked = pair = None
-        if item.row is not None:
-            hu, contour = self.real.read_pair(item.row)
-            pair, asked = self.fit(hu), filled_contour(contour, size)
-            of_real = self.spacing(hu)
-            spacing = spacing if np.isnan(of_real) else of_real
-        elif item.contour is not None:
-            asked = filled_contour(ct.read_contour(item.contour), size)
-        looked = self.measure(image, asked, spacing)
-        reason = disease.implausible(self.to_hu(image), looked.found, limits, self.window)
-        return replace(looked, pair=pair, implausible=reason)
-
-    def measure(self, image: np.ndarray, asked: np.ndarray | None, spacing: float) -> Looked:
-        hu = self.to_hu(image)
-        found = lung_mask(hu)
-        measures, lungs = disease.measure(hu, found, self.window), disease.count_lungs(found)
-        dice = hd95 = float("nan")
-        if asked is not None:
-            dice = float(contour_dice(found[None], asked[None])[0])
-            hd95 = float(hausdorff95(found[None], asked[None])[0])
-        return Looked(image, asked, found, measures, lungs, spacing, dice, hd95)
-
-    def fit(self, hu: np.ndarray) -> np.ndarray:
-        return ct.hu_to_unit(ct.fit_square(hu, self.samples.size, ct.AIR), self.window)
-
-    def to_hu(self, image: np.ndarray) -> np.ndarray:
-        return ct.unit_to_hu(image, self.window)
-
-    def spacing(self, hu: np.ndarray) -> float:
-        """mm of a pixel after `fit`; NaN where dataset.json does not say."""
-        known = self.real.info.pixel_spacing
-        return float("nan") if known is None else known * max(hu.shape) / self.samples.size
+    file: str
+    label: str
+    numbers: Measurement
+    nearest: Match | None = None
 
 
-def image_of(data: CTDataset, row: int) -> np.ndarray:
-    """A slice (S, S) in [-1, 1], as training has it."""
-    return data[row]["image"][0].numpy()
+@dataclass(frozen=True)
+class Evaluation:
+    """Samples against real slices.
 
+    groups: "Realism", "Control", "Disease", "Disease: LABEL" for each label that both have,
+    "Privacy"; samples: one by one; real: measures of real slices, and their labels; facts: what was
+    compared, by which versions; notes: what a reader has to know. pictures: of samples, each beside
+    the real slice whose contour was asked for (`paired`); closest: samples and training slices.
+    """
 
-class Workers:
-    """Processes that call a function on items; results come in order, read a little ahead of their
-    use, so that what is read but not yet used does not grow with the number of items."""
+    groups: dict[str, Group]
+    samples: list[SampleResult]
+    real: list[disease.Measures]
+    real_labels: list[str]
+    facts: dict[str, str]
+    notes: list[str]
+    window: ct.Window
+    pictures: list[Picture] = field(default_factory=list)
+    paired: bool = False
+    closest: list[Picture] = field(default_factory=list)
 
-    AHEAD = 32  # items a process
-
-    def __init__(self, count: int) -> None:
-        self.count = count  # 0: this process alone
-
-    def map(self, function: Callable, items: Sequence[int], what: str) -> Iterator:
-        """function(item) of each item, with a progress bar."""
-        return iter(tqdm(self._map(function, items), what, len(items), disable=None, unit="slice"))
-
-    def _map(self, function: Callable, items: Iterable[int]) -> Iterator:
-        if not self.count:
-            yield from map(function, items)
-            return
-        waiting: deque = deque()
-        pool = ProcessPoolExecutor(self.count, initializer=_hold, initargs=(function,))
-        try:
-            for item in items:
-                waiting.append(pool.submit(_call, item))
-                if len(waiting) > self.AHEAD * self.count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_held: list[Callable] = []  # in a process of a pool: what it calls, given once and not per item
-
-
-def _hold(function: Callable) -> None:
-    _held.append(function)
-
-
-def _call(*arguments: object) -> object:
-    return _held[-1](*arguments)
-
-
-class Measured:
-    """What is kept of many slices: numbers alone."""
-
-    def __init__(self, owners: Sequence[str]) -> None:
-        self.owners = owners  # patients, or the names of samples
-        self.control: list[tuple[float, float, float]] = []  # Dice, distance in pixels, spacing
-        self.asked: list[bool] = []  # whether its contour is known
-        self.measures: list[disease.Measures] = []
-        self.lungs: list[int] = []
-        self.implausible: dict[int, str] = {}
-
-    def add(self, looked: Looked) -> None:
-        if looked.implausible:
-            self.implausible[len(self.measures)] = looked.implausible
-        self.measures.append(looked.measures)
-        self.lungs.append(looked.lungs)
-        self.control.append((looked.dice, looked.hd95, looked.spacing))
-        self.asked.append(looked.asked is not None)
-
-    def following(self) -> Following:
-        """Of the slices whose contour is known."""
-        rows = np.flatnonzero(self.asked)
-        dice, hd95, spacing = np.array(self.control).reshape(-1, 3)[rows].T
-        return Following(dice, hd95, spacing, [self.owners[i] for i in rows])
-
-
-def batches(looked: Iterator[Looked]) -> Iterator[list[Looked]]:
-    """Consecutive lists of at most BATCH."""
-    batch: list[Looked] = []
-    for one in looked:
-        batch.append(one)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def stack(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """(S, S) images -> (N, 1, S, S)."""
-    return torch.from_numpy(np.stack(images))[:, None]
-
-
-def spread(count: int, shown: int) -> list[int]:
-    """Evenly spaced numbers below count: nothing is chosen by its looks."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, shown)).round()})
-
-
-# Copies of training slices.
-
-Images = Callable[[np.ndarray], np.ndarray]  # of slices to latents, or back
-
-
-def coders(vae: VAE, device: torch.device) -> tuple[Images, Images]:
-    """Slices (n, S, S) in [-1, 1] -> latents (n, C, h, w) as training has them; and back."""
-    vae = vae.to(device)
-
-    @torch.no_grad()
-    def encode(images: np.ndarray) -> np.ndarray:
-        parts = [
-            vae.encode(stack(images[rows]).to(device)).mean.cpu() * LATENT_SCALE
-            for rows in chunks(range(len(images)), BATCH)
+    def table(self) -> pd.DataFrame:
+        """All scores, a row each."""
+        rows = [
+            {"group": title, **score.as_dict()}
+            for title, group in self.groups.items()
+            for score in group.scores
         ]
-        return torch.cat(parts).numpy()
-
-    @torch.no_grad()
-    def decode(latents: np.ndarray) -> np.ndarray:
-        z = torch.from_numpy(latents) / LATENT_SCALE
-        parts = [vae.decode(part.to(device)).clamp(-1, 1)[:, 0].cpu() for part in z.split(BATCH)]
-        return torch.cat(parts).numpy()
-
-    return encode, decode
+        return pd.DataFrame(rows)
 
 
-class Copies:
-    """The search for copies of training slices among samples; arrays of all slices stay on disk."""
+def evaluate(
+    real: str | Path,
+    samples: str | Path,
+    *,
+    split: str = "test",
+    train: str | Path | None = None,
+    model: Synthesizer | None = None,
+    window: ct.Window | None = None,
+    patient_split: Split | None = None,
+    draws: int = 200,
+    seed: int = 0,
+    workers: int = 2,
+    device: str | torch.device = "auto",
+    scratch: str | Path | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Evaluation:
+    """Compare a folder of samples with real slices of patients whom no model has seen.
+
+    real: the data set with label.csv whose contours the samples were drawn for; samples: what
+    sample.py wrote, or images; split: "train", "val", "test" or "all" of the real slices; train:
+    the data set that the models were trained on, without which copies are not looked for; model: a
+    Synthesizer, whose VAE also looks for copies in latents; window: HU, the model's or -1000 to 400
+    by default; patient_split: of patients whom label.csv gives no split; draws: bootstrap resamples
+    of each interval; seed: of resamples and halves; workers: processes that read slices, 0: this
+    one; device: of the metrics' networks; scratch: a folder on a disk with room, for about 270 KB a
+    slice of 256x256; say: is told each note before the long part.
+
+    Raises ValueError, before anything is computed, for input that can't be compared.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model is not None and window not in (None, model.window):
+        raise ValueError(f"window {window}: expected {model.window}, that of the model")
+    window = window or (ct.DEFAULT_WINDOW if model is None else model.window)
+    size = None if model is None else model.image_size
+    data = Path(real), Path(samples), split, train, window, patient_split or Split()
+    inputs = read_inputs(*data, size)
+    networks = Networks(torch.device(device))
+    for note in [*inputs.notes, *left_out(networks)] if say else ():
+        say(note)
+    if scratch is not None:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".evaluate_") as folder:
+        measure = partial(SliceSet, size=inputs.samples.size, networks=networks)
+        real_set = measure(inputs.patients, inputs.real_labels, folder=Path(folder, "real"))
+        fake_set = measure(inputs.names, inputs.labels, folder=Path(folder, "samples"))
+        pictures = measure_slices(inputs, real_set, fake_set, workers)
+        groups = {"Realism": realism_group(real_set, fake_set, draws, seed)}
+        groups["Control"] = control_group(real_set, fake_set, draws, seed)
+        groups |= disease_groups(real_set, fake_set, draws, seed)
+        if inputs.no_copies:
+            reason, matches, closest = inputs.no_copies, [None] * len(inputs.names), []
+            groups["Privacy"] = Group(verdict=Verdict("not judged", reason), notes=[reason])
+        else:
+            search = CopySearch(inputs, model, Path(folder), workers)
+            matches = search.nearest(fake_set.images, workers)
+            groups["Privacy"] = privacy_group(search, matches, inputs.names, draws, seed)
+            closest = search.closest(fake_set.images, matches, inputs.names)
+    results = zip(inputs.names, inputs.labels, fake_set.numbers, matches, strict=True)
+    facts = {
+        **inputs.facts, "Intervals": f"{draws} bootstrap resamples, seed {seed}",
+        "Computed by": versions(), "Date": date.today().isoformat(),
+    }  # fmt: skip
+    return Evaluation(
+        groups, [SampleResult(*result) for result in results], real_set.measures,
+        real_set.labels, facts, inputs.notes, window, pictures, inputs.paired, closest,
+    )  # fmt: skip
+
+
+def versions() -> str:
+    """Of what computed the numbers."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("torch", "torchmetrics", "lpips", "scikit-image", "scipy", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+def left_out(networks: Networks) -> list[str]:
+    """A sentence for each missing file of weights: the metrics that it costs."""
+    names: dict[str, list[str]] = {}
+    for reason in networks.missing.values():
+        name, _, rest = reason.partition(" is left out: ")
+        names.setdefault(rest, []).append(name)
+    return [f"Left out: {', '.join(some)}. {rest}" for rest, some in names.items()]
+
+
+# What is found.
+
+
+def measure_slices(
+    inputs: Inputs, real_set: SliceSet, fake_set: SliceSet, workers: int
+) -> list[Picture]:
+    """Measure all slices, in two passes; return pictures of some samples.
+
+    Where no sample has a pair, they alternate with pictures of real slices.
+    """
+    reader, names = SliceReader(inputs.real, inputs.samples, inputs.window), inputs.names
+    for batch in in_batches(reader.real_slice, inputs.rows, workers, "real slices"):
+        real_set.add(batch)
+    counts = [numbers.lung_count for numbers in real_set.numbers]
+    look = partial(reader.sample, limits=disease.limits_of(real_set.measures, counts))
+    pictures, shown, start = [], set(spread(len(names), SHOWN)), 0
+    for batch in in_batches(look, range(len(names)), workers, "samples"):
+        fake_set.add(batch)
+        for i, one in enumerate(batch, start):
+            if i in shown:
+                title = ", ".join(filter(None, (names[i], inputs.labels[i])))
+                pictures.append(Picture(title, draw(one), f"Sample {names[i]}"))
+        start += len(batch)
+    if inputs.paired:
+        return pictures
+    real = [reader.real_slice(inputs.rows[i]) for i in spread(len(inputs.rows), SHOWN)]
+    own = [Picture(f"real slice {k}", draw(one), "Real") for k, one in enumerate(real, 1)]
+    return [picture for both in zip_longest(own, pictures) for picture in both if picture]
+
+
+def draw(one: MeasuredSlice) -> np.ndarray:
+    """[real with contour |] sample [| sample with contour], RGB side by side."""
+    columns = [grey(one.image[None])[0]]
+    if one.contour is not None:
+        contour = one.contour[None, None]
+        columns.append(overlay(one.image[None], contour)[0])
+        if one.pair is not None:
+            columns.insert(0, overlay(one.pair[None], contour)[0])
+    return beside(columns)
+
+
+def realism_group(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> Group:
+    """KID, precision and recall judge; the others are shown."""
+    networks = real.networks
+    scores = realism_scores(real.image_set, fake.image_set, fake.pairs, networks, draws, seed)
+    by_name = {score.name: score for score in scores}
+    ways = (("kid", False, True), ("precision", True, False), ("recall", True, False))
+    verdicts = [judge(by_name[name], *how) for name, *how in ways if name in by_name]
+    missing = "the weights of Inception are missing (fetch_metric_weights.py)"
+    verdict = worst(verdicts) if verdicts else Verdict("not judged", missing)
+    return Group(scores, verdict, left_out(networks))
+
+
+def control_group(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> Group:
+    """The Dice of the lungs and the contour asked for judges."""
+    known, count = len(fake.agreement.owners), len(fake.owners)
+    notes = [f"{count - known} of {count} samples have no contour that is known."]
+    if not known:
+        return Group((), Verdict("not judged", "no contours are known"), notes)
+    scores = control_scores(fake.agreement, real.agreement, draws, seed)
+    dice = next(score for score in scores if score.name == "dice")
+    return Group(scores, judge(dice, higher_is_better=True), notes if known < count else ())
+
+
+def disease_groups(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> dict[str, Group]:
+    """All slices, then each label that both have; the notes list samples with implausible lungs."""
+    sides = real.measures, real.owners, fake.measures, fake.owners
+    scores = disease.compare(*sides, draws, seed)
+    by_label, notes = disease.compare_by_label(
+        *(real.measures, real.owners, real.labels, fake.measures, fake.owners, fake.labels),
+        *(draws, seed),
+    )
+    whose = zip(fake.owners, fake.numbers, strict=True)
+    listed = [f"{name}: {found.implausible}" for name, found in whose if found.implausible]
+    strange = f"{len(listed)} of {len(fake.owners)} samples have implausible lungs"
+    lines = [f"{strange}{':' if listed else '.'}", *listed[:LISTED]]
+    lines += [f"... and {len(listed) - LISTED} more (metrics.json)"] * (len(listed) > LISTED)
+    judged = [(score, judge(score)) for score in scores]
+    judged = [(score, verdict) for score, verdict in judged if verdict.word != "not judged"]
+    verdict = Verdict("not judged", strange)
+    if judged:
+        words = Counter(verdict.word for _, verdict in judged)
+        counts = ", ".join(f"{words[word]} {word}" for word in ("good", "doubtful", "bad"))
+        far = max((score for score, _ in judged), key=lambda score: score.value / score.baseline)
+        many = len(listed) / len(fake.owners) > IMPLAUSIBLE
+        verdict = Verdict(
+            "bad" if many else worst([verdict for _, verdict in judged]).word,
+            f"of {len(judged)} quantities {counts}; farthest: {far.name} {number(far.value)}, "
+            f"baseline {number(far.baseline)}; {strange}",
+        )
+    groups = {"Disease": Group(scores, verdict, [*lines, *(notes if by_label else ())])}
+    return groups | {f"Disease: {label}": Group(found) for label, found in by_label.items()}
+
+
+class CopySearch:
+    """Looks for copies of training slices among samples; arrays of all slices stay on disk."""
 
     def __init__(
-        self, data: CTDataset, held_out: CTDataset, vae: VAE | None, device: torch.device,
-        folder: Path, workers: Workers,
-    ) -> None:  # fmt: skip
-        self.encode, self.decode = coders(vae, device) if vae is not None else (None, None)
-        train, latents = self.read(data, folder / "train", workers)
-        self.privacy = Privacy(train, [row.patient_id for row in data.rows], latents)
-        held, latents = self.read(held_out, folder / "held_out", workers)
-        self.privacy.calibrate(held, latents, [row.patient_id for row in held_out.rows])
-        self.train, self.matches = train, list[Match]()
-        # The search takes as long as Inception does: a process of its own, forked with its arrays.
-        self.waiting: deque = deque()
-        self.pool = None
-        if workers.count:
-            self.pool = ProcessPoolExecutor(1, initializer=_hold, initargs=(self.privacy.nearest,))
-        self.closest: list[tuple[float, int, np.ndarray]] = []  # ratio, sample, its image
+        self, inputs: Inputs, model: Synthesizer | None, folder: Path, workers: int
+    ) -> None:
+        self.model, self.folder = model, folder
+        train, held_out = inputs.train, inputs.held_out
+        self.train = self._store(train, "training slices", workers)
+        held = self._store(held_out, "held-out slices", workers)
+        patients = [[row.patient_id for row in data.rows] for data in (train, held_out)]
+        self.privacy = Privacy(self.train, patients[0], self._encode(self.train))
+        self.privacy.calibrate(held, self._encode(held), patients[1])
 
-    def read(
-        self, data: CTDataset, path: Path, workers: Workers
-    ) -> tuple[StoredRows, StoredRows | None]:
-        """All slices (N, S, S), and their latents where there is a VAE, in files."""
+    def _store(self, data: CTDataset, what: str, workers: int) -> StoredRows:
+        """All slices (N, S, S) of a data set, in a file."""
         shape = len(data), data.image_size, data.image_size
-        images = create_rows(path.with_name(f"{path.name}_images.npy"), np.float32, shape)
-        read = workers.map(partial(image_of, data), range(len(data)), f"{path.name} slices")
-        for i, image in enumerate(read):
-            images[i] = image
-        if self.encode is None:
-            return images, None
+        images, start = create_rows(self.folder / f"{what}.npy", np.float32, shape), 0
+        for batch in in_batches(partial(image_of, data), range(len(data)), workers, what):
+            images[start : start + len(batch)] = np.stack(batch)
+            start += len(batch)
+        return images
+
+    def _encode(self, images: StoredRows) -> StoredRows | None:
+        """Latents (N, C, h, w) of all slices, in a file; None without a model."""
+        if self.model is None:
+            return None
         latents = None
-        for rows in chunks(range(len(data)), BATCH):
-            some = self.encode(images[rows])
+        for rows in chunks(range(len(images)), BATCH):
+            some = self.model.encode(images[rows])
             if latents is None:
-                file = path.with_name(f"{path.name}_latents.npy")
-                latents = create_rows(file, some.dtype, (len(data), *some.shape[1:]))
+                file = images.path.with_suffix(".latents.npy")
+                latents = create_rows(file, some.dtype, (len(images), *some.shape[1:]))
             latents[rows] = some
-        return images, latents
+        return latents
 
-    def add(self, images: np.ndarray) -> None:
-        """The next samples (n, S, S) in [-1, 1]; call `finish` after the last."""
-        latents = self.encode(images) if self.encode else None
-        if self.pool is None:
-            self._take(images, self.privacy.nearest(images, latents))
-            return
-        self.waiting.append((images, self.pool.submit(_call, images, latents)))
-        if len(self.waiting) > Workers.AHEAD // 4:
-            self._take_first()
+    def nearest(self, images: StoredRows, workers: int) -> list[Match]:
+        """The nearest training slice of each sample (M, S, S)."""
+        look = partial(nearest_of, self.privacy, images, self._encode(images))
+        parts = in_batches(look, chunks(range(len(images)), SEARCHED), workers, "copies", 1)
+        return [match for (part,) in parts for match in part]
 
-    def finish(self) -> None:
-        """Wait for what is being searched; `matches` and `closest` are complete then."""
-        while self.waiting:
-            self._take_first()
-        if self.pool is not None:
-            self.pool.shutdown()
+    def closest(self, images: StoredRows, matches: list[Match], names: list[str]) -> list[Picture]:
+        """Pictures of the samples that are nearest to training slices, beside those."""
+        pictures = []
+        for i in sorted(range(len(matches)), key=lambda i: (matches[i].ratio, i))[:SHOWN]:
+            match = matches[i]
+            pair = grey(np.stack([images[i], self.train[match.row]]))
+            said = ", ".join(f"{space} {d:.3f}" for space, d in match.distances.items())
+            mark = "flagged, " if match.flagged else ""
+            title = f"{names[i]} and training slice {match.row}: {mark}"
+            title += f"{match.ratio:.2f} of the threshold ({said})"
+            alt = f"Sample {names[i]} beside the training slice that it is nearest to"
+            pictures.append(Picture(title, beside(pair), alt))
+        return pictures
 
-    def _take_first(self) -> None:
-        images, future = self.waiting.popleft()
-        self._take(images, future.result())
 
-    def _take(self, images: np.ndarray, found: list[Match]) -> None:
-        start = len(self.matches)
-        self.matches += found
-        pairs = [(match.ratio, start + i, i) for i, match in enumerate(found)]
-        self.closest += [(ratio, k, images[i].copy()) for ratio, k, i in sorted(pairs)[:PAIRS]]
-        self.closest = sorted(self.closest, key=lambda pair: pair[:2])[:PAIRS]
+def nearest_of(
+    privacy: Privacy, images: StoredRows, latents: StoredRows | None, rows: list[int]
+) -> list[Match]:
+    return privacy.nearest(images[rows], None if latents is None else latents[rows])
+
+
+def privacy_group(
+    search: CopySearch, matches: list[Match], names: list[str], draws: int, seed: int
+) -> Group:
+    """Shares of copies, and the controls: bad where more are flagged than chance flags."""
+    privacy, model = search.privacy, search.model
+    coders = (None, None) if model is None else (model.encode, model.decode)
+    shares = privacy.scores(matches, names, draws, seed)
+    negative = privacy.negative_control(draws, seed)
+    positive = privacy.positive_control(*coders, draws=draws, seed=seed)
+    flagged = sum(match.flagged for match in matches)
+    share, nearest = flagged / len(matches), min(match.ratio for match in matches)
+    missed = [score.name for score in positive if not score.value >= FOUND]
+    said = [
+        f"{flagged} of {len(matches)} samples flagged as copies ({share:.1%}), of held-out slices "
+        f"{number(100 * negative.value)} %"
+    ]
+    if nearest < NEAR:
+        said.append(f"the nearest is at {nearest:.2f} of the threshold: look at the closest pairs")
+    if missed:
+        said.append(f"the search misses copies here ({', '.join(missed)})")
+    if not negative.value <= FALSE:
+        said.append("too many held-out slices are flagged")
+    if caution := privacy.caution():
+        said.append(caution.partition(";")[0])
+    word = "bad" if share > FALSE else "doubtful" if len(said) > 1 else "good"
+    notes = [
+        "The pictures of closest pairs show training patients. Training slices are numbered from 0 "
+        "as the train rows of label.csv stand; they are not named."
+    ]
+    if model is None:
+        notes.append("Without --vae_checkpoint copies are looked for in pixels alone.")
+    return Group([*shares, negative, *positive], Verdict(word, "; ".join(said)), notes)

@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fibldm.disk import StoredRows
+
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
+
+NETWORKS = {INCEPTION: "Inception-v3 (torchmetrics)", ALEXNET: "AlexNet (lpips 0.1)"}
 
 # The files each metric needs in torch.hub's checkpoints folder.
 WEIGHTS: dict[str, tuple[str, ...]] = {
@@ -235,6 +239,17 @@ class Networks:
         self.missing = missing_weights() if missing is None else missing
         self.inception = None if "fid" in self.missing else load_inception(self.device)
         self.lpips = None if "lpips" in self.missing else load_lpips(self.device)
+        self.sources = {"ssim": "torchmetrics, Gaussian window of sigma 1.5"}
+        for file, network in ((INCEPTION, self.inception), (ALEXNET, self.lpips)):
+            names = [name for name, files in WEIGHTS.items() if file in files]
+            if network is not None:
+                source = f"{NETWORKS[file]}, weights {weights_hash(file)}"
+                self.sources |= dict.fromkeys(names, source)
+
+    @property
+    def width(self) -> int:
+        """Numbers of an image's features."""
+        return 0 if self.inception is None else 2048
 
     def features(self, images: Tensor) -> Tensor:
         """Inception's (N, 2048) on the CPU, of images (N, 1, H, W); (N, 0) without its weights.
@@ -259,11 +274,11 @@ class Networks:
         return {name: np.array(values) for name, values in found.items()}
 
 
-# Distances of sets of features. A set is a tensor or an array on disk, (N, D), read block by block
+# Distances of sets of features. A set is an array (N, D), in memory or on disk, read block by block
 # in float64. `counts` (B, N) says how often each row is in each of B bootstrap resamples.
 
 BLOCK = 1024
-Features = Tensor | np.ndarray
+Features = Tensor | np.ndarray | StoredRows
 
 
 def blocks(features: Features, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -410,28 +425,3 @@ def recalls(
 ) -> np.ndarray:
     """Improved recall of each resample, (B,): the share of real images in a fake one's ball."""
     return precisions(fake, real, fake_counts, real_counts, device)
-
-
-class RowFile:
-    """Rows of equal shape in a file, so that memory does not grow with them."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.path, self.dtype = path, dtype
-        self.shape: tuple[int, ...] | None = None  # of a row, known from the first
-        self.path.write_bytes(b"")
-
-    def append(self, rows: Tensor) -> None:
-        """Add (n, ...); ValueError if they differ in shape from those before."""
-        shape = tuple(rows.shape[1:])
-        if self.shape not in (None, shape):
-            raise ValueError(f"rows of shape {shape} after others of {self.shape}: one size only")
-        self.shape = shape
-        with self.path.open("ab") as file:
-            rows.cpu().numpy().astype(self.dtype).tofile(file)
-
-    def rows(self) -> np.ndarray:
-        """All rows (N, ...), as a memory map; (0, ...) if none."""
-        shape = self.shape or (0,)
-        if self.path.stat().st_size == 0:  # cannot be mapped
-            return np.zeros((0, *shape), self.dtype)
-        return np.memmap(self.path, self.dtype, mode="r").reshape(-1, *shape)

@@ -3,28 +3,27 @@
 Each score comes with what it takes to believe it: an interval, a baseline, counts and its source.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from fibldm.disk import StoredRows
 from fibldm.features import (
-    ALEXNET,
-    INCEPTION,
     Features,
     Networks,
-    RowFile,
     frechet_distances,
     kernel_distances,
     precisions,
     recalls,
-    to_bytes,
-    weights_hash,
 )
+
+WORDS = ("good", "doubtful", "bad", "not judged")  # of verdicts
+DASH = "\N{EN DASH}"  # for a number that is not there
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,52 @@ class Score:
         }
 
 
+def number(value: float) -> str:
+    """Four digits, or a dash for a value that is not there."""
+    return f"{value:.4g}" if math.isfinite(value) else DASH
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of WORDS for a group of metrics, and the sentence that says why."""
+
+    word: str
+    sentence: str
+
+
+def judge(score: Score, higher_is_better: bool = False, squared: bool = False) -> Verdict:
+    """A score against its baseline.
+
+    Good: its interval reaches the baseline. Doubtful: at most twice as far. Bad: farther. How far
+    counts from 0, or from 1 where higher is better (Dice); of a squared distance (FID, KID) its
+    root counts.
+    """
+    shown = f"{score.name} {number(score.value)}"
+    value, baseline, best = score.value, score.baseline, score.low
+    if squared:
+        baseline = max(baseline, 0.0)  # an estimate of 0 may lie below it by chance
+    if not math.isfinite(value + baseline) or (baseline == 0 and not squared):
+        return Verdict("not judged", f"{shown}, no baseline to compare it with")
+    if higher_is_better:
+        value, baseline, best = 1 - value, 1 - baseline, 1 - score.high
+    if math.isnan(best):
+        best = value
+    near = value <= (4 if squared else 2) * baseline
+    word = "good" if best <= baseline else "doubtful" if near else "bad"
+    if math.isfinite(score.low):
+        shown += f" (interval {number(score.low)} to {number(score.high)})"
+    return Verdict(word, f"{shown}, baseline {number(score.baseline)}")
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The worst word of several verdicts, and all their sentences."""
+    words = [verdict.word for verdict in verdicts]
+    word = next(word for word in ("bad", "doubtful", "good", "not judged") if word in words)
+    return Verdict(word, "; ".join(verdict.sentence for verdict in verdicts))
+
+
 def halves(groups: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two disjoint halves of the groups (patients), drawn by `seed`."""
+    """Features of two disjoint halves of the groups (patients), drawn by `seed`."""
     names, owner = np.unique(np.asarray(groups, str), return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     first = np.isin(owner, order[: len(names) // 2])
@@ -64,7 +107,7 @@ def halves(groups: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def resamples(groups: Sequence[str], draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Rows of bootstrap resamples: whole groups with replacement, since slices of one patient
+    """Features of bootstrap resamples: whole groups with replacement, since slices of one patient
     are no independent evidence."""
     owner = np.unique(np.asarray(groups, str), return_inverse=True)[1]
     rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
@@ -83,7 +126,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-SIDES = ("real", "fake")
 DRAWS = 200  # of the bootstrap
 FEW = 100  # below so many images or pairs a number has the warning
 PAIRS = 200  # at most, for the diversity and for the baselines of what is measured on pairs
@@ -96,6 +138,7 @@ SET_METRICS: dict[str, tuple[SetMetric, int, float, float]] = {  # images needed
     "precision": (precisions, 4, 0.0, 1.0),
     "recall": (recalls, 4, 0.0, 1.0),
 }
+PAIR_METRICS = ("lpips", "ssim", "diversity")
 
 
 def set_distances(
@@ -212,103 +255,69 @@ def resampled_means(
     return [float(values[rows].mean()) for rows in resamples(groups, draws, seed)]
 
 
-class Realism:
-    """FID, KID, precision, recall, LPIPS, SSIM and diversity of samples, with what it takes to
-    believe them: intervals, the baseline of two halves of the real patients, sources, warnings.
+@dataclass(frozen=True)
+class ImageSet:
+    """Slices and whose they are: images (N, S, S) in [-1, 1], Networks.features of them (N, D)."""
 
-    LPIPS and SSIM are of samples and the real slices whose contours they were given; diversity is
-    the LPIPS of samples and other samples. For these three the baseline is that of real slices of
-    unrelated patients: a sample should be nearer than that to its own real slice, and as far as
-    that from other samples.
+    images: np.ndarray | StoredRows
+    features: Features
+    owners: Sequence[str]
 
-    Features and images go to files below `folder`: 8 KB and 2 bytes a pixel for each image.
-    ValueError if a weight file is damaged.
+
+def realism_scores(
+    real: ImageSet,
+    fake: ImageSet,
+    pairs: Mapping[str, np.ndarray],
+    networks: Networks,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Score]:
+    """FID, KID, precision, recall, LPIPS, SSIM, diversity: a row for each whose weights are here.
+
+    pairs: Networks.pairs of samples and the real slices whose contours they were given, (M,) each,
+    NaN where there is none. Diversity is the LPIPS of samples and other samples. For these three
+    the baseline is that of real slices of unrelated patients: a sample should be nearer than that
+    to its own real slice, and as far as that from other samples. With too few images for a number
+    it is NaN, and the warning says how many it takes.
     """
+    found, how = [], (draws, seed)
+    if networks.inception is not None:
+        sets = real.features, fake.features, real.owners, fake.owners, networks.device
+        found = [set_score(name, *sets, networks.sources[name], *how) for name in SET_METRICS]
+    order = np.random.default_rng(seed).permutation(len(fake.owners))
+    diverse = _distances(fake.images, order[0::2], order[1::2], networks)["lpips"]
+    apart = _distances(real.images, *halves(real.owners, seed), networks, seed)
+    for name in PAIR_METRICS:
+        if name in networks.missing:
+            continue
+        if name == "diversity":
+            values, names, unrelated = diverse, list(map(str, range(len(diverse)))), apart["lpips"]
+            counts = 2 * len(unrelated), 2 * len(values)
+        else:
+            rows = np.flatnonzero(np.isfinite(pairs[name]))
+            values, names, unrelated = (
+                pairs[name][rows],
+                [fake.owners[i] for i in rows],
+                apart[name],
+            )
+            counts = len(rows), len(rows)
+        source = networks.sources[name]
+        found.append(pair_score(name, values, names, unrelated, counts, source, *how))
+    return found
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
-        self.networks, folder = Networks(device), Path(folder)
-        self.sources = {"ssim": "torchmetrics, Gaussian window of sigma 1.5"}
-        if self.networks.inception is not None:
-            source = f"Inception-v3 (torchmetrics), weights {weights_hash(INCEPTION)}"
-            self.sources |= dict.fromkeys(SET_METRICS, source)
-        if self.networks.lpips is not None:
-            source = f"AlexNet (lpips 0.1), weights {weights_hash(ALEXNET)}"
-            self.sources |= dict.fromkeys(("lpips", "diversity"), source)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._features = {side: RowFile(folder / f"{side}_features", "<f4") for side in SIDES}
-        self._images = {side: RowFile(folder / f"{side}_images", "<f2") for side in SIDES}
-        self._groups: dict[str, list[str]] = {side: [] for side in SIDES}
-        self._pairs: dict[str, list[float]] = {"lpips": [], "ssim": []}
-        self._paired: list[str] = []  # the samples of the pairs
 
-    def add_real(self, images: Tensor, patients: Sequence[str]) -> None:
-        """Add real slices, (N, 1, H, W) in [-1, 1], and whose they are.
-
-        ValueError for NaN, another shape than before, or another number of patients than images.
-        """
-        self._add("real", images, patients)
-
-    def add_fake(
-        self, images: Tensor, names: Sequence[str], paired_real: Tensor | None = None
-    ) -> None:
-        """Add samples, (N, 1, H, W) in [-1, 1], and their names; ValueError as in `add_real`.
-
-        paired_real: of the same shape, the real slices whose contours were asked for.
-        """
-        pairs = {} if paired_real is None else self.networks.pairs(images, paired_real)
-        self._add("fake", images, names)
-        if paired_real is not None:
-            self._paired += [str(name) for name in names]
-        for name, values in pairs.items():
-            self._pairs[name] += values.tolist()
-
-    def _add(self, side: str, images: Tensor, groups: Sequence[str]) -> None:
-        if len(groups) != len(images):
-            raise ValueError(f"{len(images)} images, {len(groups)} names: expected one for each")
-        to_bytes(images)  # raises for images that have no metrics
-        self._images[side].append(images[:, 0].float().clamp(-1, 1))
-        self._features[side].append(self.networks.features(images))
-        self._groups[side] += [str(group) for group in groups]
-
-    def scores(self, draws: int = DRAWS, seed: int = 0) -> list[Score]:
-        """A row for each metric whose weights are there.
-
-        With too few images for a number it is NaN, and the warning says how many it takes.
-        """
-        images = {side: self._images[side].rows() for side in SIDES}
-        found: list[Score] = []
-        if self.networks.inception is not None:
-            features = [self._features[side].rows() for side in SIDES]
-            groups = [self._groups[side] for side in SIDES]
-            for name in SET_METRICS:
-                how = self.networks.device, self.sources[name], draws, seed
-                found.append(set_score(name, *features, *groups, *how))
-        order = np.random.default_rng(seed).permutation(len(images["fake"]))
-        diverse = self._distant(images["fake"], order[0::2], order[1::2])["lpips"]
-        apart = self._distant(images["real"], *halves(self._groups["real"], seed), seed)
-        own = {name: np.array(values) for name, values in self._pairs.items()}
-        measured = {
-            "lpips": (own["lpips"], self._paired, apart["lpips"]),
-            "ssim": (own["ssim"], self._paired, apart["ssim"]),
-            "diversity": (diverse, [str(i) for i in range(len(diverse))], apart["lpips"]),
-        }
-        for name, (values, names, unrelated) in measured.items():
-            if name not in self.networks.missing:
-                count = len(values)
-                counts = (2 * len(unrelated), 2 * count) if name == "diversity" else (count,) * 2
-                how = counts, self.sources[name], draws, seed
-                found.append(pair_score(name, values, names, unrelated, *how))
-        return found
-
-    def _distant(
-        self, images: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int = 0
-    ) -> dict[str, np.ndarray]:
-        """`Networks.pairs` of images (N, H, W) in these rows, shuffled: at most PAIRS pairs."""
-        generator = np.random.default_rng(seed)
-        count = min(len(first), len(second), PAIRS)
-        rows = [generator.permutation(half)[:count] for half in (first, second)]
-        pair = [torch.from_numpy(images[r].astype(np.float32))[:, None] for r in rows]
-        return self.networks.pairs(*pair)
+def _distances(
+    images: np.ndarray | StoredRows,
+    first: np.ndarray,
+    second: np.ndarray,
+    networks: Networks,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """`Networks.pairs` of images (N, S, S) in these rows, shuffled: at most PAIRS pairs."""
+    generator = np.random.default_rng(seed)
+    count = min(len(first), len(second), PAIRS)
+    rows = [generator.permutation(half)[:count] for half in (first, second)]
+    return networks.pairs(*(torch.from_numpy(images[some])[:, None] for some in rows))
 
 
 def filled(mask: np.ndarray, contour: np.ndarray) -> list[np.ndarray]:
@@ -361,9 +370,11 @@ def hausdorff95(mask: np.ndarray, contour: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Following:
-    """How well lungs follow contours, slice by slice: Dice and hausdorff95 in pixels, (N,) each;
-    mm a pixel (N,), NaN where unknown; whose slice it is, a patient or a sample's name."""
+class ContourAgreement:
+    """How well lungs follow contours, slice by slice: Dice and hausdorff95 in pixels, (N,) each.
+
+    spacing: mm a pixel (N,), NaN where unknown; owners: whose slice it is, a patient or a sample.
+    """
 
     dice: np.ndarray
     hd95: np.ndarray
@@ -380,7 +391,7 @@ class Following:
 
 
 def control_scores(
-    samples: Following, real: Following, draws: int = DRAWS, seed: int = 0
+    samples: ContourAgreement, real: ContourAgreement, draws: int = DRAWS, seed: int = 0
 ) -> list[Score]:
     """Do samples have the lungs asked for? Mean Dice and 95th-percentile Hausdorff distance.
 

@@ -1,6 +1,7 @@
 """Pictures of slices side by side: grids of samples, panels of reconstructions."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ def overlay(images: np.ndarray, contours: np.ndarray) -> np.ndarray:
         for channel in contour:
             picture[find_boundaries(channel > 0, mode="inner")] = OUTLINE
     return rgb
+
+
+def beside(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """RGB pictures of one size in a row, with white lines between."""
+    line = np.full((len(columns[0]), max(1, len(columns[0]) // 64), 3), 255, np.uint8)
+    parts = [part for column in columns for part in (line, column)]
+    return np.concatenate(parts[1:], axis=1)
 
 
 def write_panel(path: Path, columns: dict[str, np.ndarray], per_line: int = 4) -> None:

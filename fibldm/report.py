@@ -1,30 +1,36 @@
-"""The report of an evaluation: one HTML page that needs no other file, no network and no script.
+"""The report of an evaluation: index.html, a page that needs no other file, and metrics.json.
 
-All text that comes from outside, file names above all, is escaped where it enters the page.
+The page is made by report.html.jinja, which escapes all text: file names above all.
 """
 
 import base64
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from html import escape
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image
 
-from fibldm.disk import write_atomically
-from fibldm.metrics import Score
+from fibldm import disease
+from fibldm.disk import replace_text, write_atomically
+from fibldm.evaluation import Evaluation, Group, Picture
+from fibldm.metrics import DASH, WORDS, Score, Verdict, number
 
-WORDS = ("good", "doubtful", "bad", "not judged")
+TITLE = "Samples against real slices"
+KEEP = (
+    "This page shows real slices: keep it as you keep the patients' data. It compares samples with "
+    "data; it is no medical device and judges no patient."
+)
 JUDGEMENT = (
     "Good: the interval reaches the baseline, so that this metric cannot tell the samples from "
     "other real patients. Doubtful: farther than that, but at most twice as far as the baseline. "
     "Bad: farther still. A group is as good as its worst number. With few images the intervals are "
     "wide, and good then only means not shown to be bad. The words approve of no use."
 )
-DASH = "\N{EN DASH}"  # for a number that is not there
 GLOSSARY = (
     "Interval: 95 % of bootstrap resamples, of patients for real slices and of single samples for "
     "generated ones. Baseline (real against real): the same metric between two disjoint halves of "
@@ -32,35 +38,206 @@ GLOSSARY = (
     "be expected to do better. N: real slices / samples that the number is of."
 )
 
+# The question that each group of metrics answers.
+QUESTIONS = {
+    "Realism": "Do the samples look like slices of patients whom the models have not seen? All "
+    "slices are compared at the same size and window.",
+    "Control": "Are the lungs where the contour asked for them? Lungs are segmented in samples and "
+    "in real slices by the same method, without a network (fibldm.lungs).",
+    "Disease": "Is the tissue inside of the lungs as dense, as textured and as noisy as in real "
+    "slices? Each value is a distance between two distributions, in the unit of its quantity: 0 is "
+    "best, and the baseline is what two groups of real patients differ by.",
+    "Privacy": "Are samples copies of the patients that the models were trained on? Below the "
+    "table, the closest pairs: sample on the left, training slice on the right, closest first.",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture with its caption; `alt` says in words what is seen."""
+# What each number means and when not to trust it, for the page.
+MEANINGS = {
+    "fid": "Frechet distance of Inception's features of samples and of real slices; 0 is best. It "
+    "sees texture and anatomy at once, but its network learned from photographs, not from CT. It "
+    "falls as the number of images grows: compare it only between equal numbers, and hardly at "
+    "all under 2,048.",
+    "kid": "Kernel distance of the same features; 0 is best, and values a little below 0 are "
+    "chance. Its mean does not depend on the number of images, so it is the one to read with few. "
+    "Don't trust differences that are smaller than the interval.",
+    "precision": "Share of samples that lie among real slices, by their nearest neighbours in "
+    "features: do single samples look real? A model that draws one good slice again and again has "
+    "a high precision: read it with recall.",
+    "recall": "Share of real slices that lie among samples: is the variety of patients there? It "
+    "is low for few samples, whatever the model.",
+    "lpips": "Perceptual distance between a sample and the real slice whose contour it was asked "
+    "to follow; the baseline is that of two unrelated patients. It is no error: another patient "
+    "with the same lungs is a right answer. Values far below the baseline mean that samples "
+    "resemble their own patient, which is a matter for privacy.",
+    "ssim": "Structural similarity of the same pairs; 1 is equality. As with LPIPS a high value is "
+    "no merit by itself. Between unrelated slices it means nothing, so that only pairs are used.",
+    "diversity": "Mean perceptual distance between two samples; the baseline is the same between "
+    "slices of different real patients. Far below it the samples are alike (collapse); far above "
+    "it they may be noise.",
+    "dice": "Overlap of the contour asked for with the lungs found in the sample; 1 is best. The "
+    "baseline is what the same segmenter finds on real slices against their own contours. Where it "
+    "errs (consolidation, little lung), a low value may be its fault.",
+    "hd95_px": "Distance between the borders of both, in pixels, below which 95 % of border points "
+    "lie; 0 is best. It shows local errors that overlap hides.",
+    "hd95_mm": "The same in millimetres, for slices whose pixel spacing is known.",
+    "noise_power": "How far the noise spectra inside of the lungs differ, at all frequencies: a "
+    "VAE smooths, and shows as missing power at high frequencies. A detector of synthetic slices "
+    "sees it first. Reconstruction kernels of scanners differ as well: compare like with like.",
+    "copies": "A sample is flagged if it is nearer to a training slice than 99 % of slices of "
+    "held-out patients, whom no model has seen: by correlation of latents, or of fine structure "
+    "in pixels after alignment. About 1 % is flagged by chance, which is the baseline. Look at the "
+    "closest pairs: the same vessels at the same places are a copy, the same lungs' outline alone "
+    "is what was asked for. Not being flagged proves no anonymity.",
+    "controls": "The controls tell whether the search can be trusted here: training slices with "
+    "noise, moved, of other contrast and through the VAE are to be found (95 % at least), held-out "
+    "slices are not to be flagged (2 % at most). Where they fail, the shares above say little.",
+    "glcm": "Texture by co-occurrence of grey levels in neighbouring pixels of the lungs: "
+    "contrast, homogeneity, energy, correlation. They depend on pixel spacing, on resizing and on "
+    "the scanner's kernel.",
+    "density": "Attenuation inside of the lungs as histograms (mean, median, standard deviation, "
+    "skewness, kurtosis), the shares of high (-600 to -250 HU, rises with fibrosis) and low "
+    "attenuation (below -950 HU, emphysema), and the lungs' area. Each value is the distance by "
+    "which a slice would have to move on average, in the quantity's unit. Depth of breath moves "
+    "all of them: compare groups that were scanned alike.",
+}  # fmt: skip
+ABOUT = {  # what of MEANINGS a group shows under which name, where that is not each score's own
+    "Disease": {"density": "density", "glcm": "glcm", "noise_power": "noise_power"},
+    "Privacy": {"flagged as copies": "copies", "controls": "controls"},
+}
 
-    title: str
-    png: bytes
-    alt: str
+
+# Plots: real slices are a filled area, samples a dashed line: a grey print tells them apart.
+
+BINS = 24
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of fibldm.plots with its caption; the SVG goes into the page as it is."""
+    """A plot in words (`alt`) and in its own units, which the page scales.
 
-    title: str
-    svg: str
+    shapes: classes and path of each; ticks: where, what, and how it is aligned; label and unit: of
+    the horizontal and of the vertical axis.
+    """
+
+    shapes: Sequence[tuple[str, str]]
+    x_ticks: Sequence[tuple[str, str, str]]
+    y_ticks: Sequence[tuple[str, str]]
+    label: str
+    unit: str
+    alt: str
+    title: str = ""
+    width: int = 340
+    height: int = 210
+    left: int = 64  # margins
+    right: int = 12
+    top: int = 12
+    bottom: int = 40
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One of WORDS for a group of metrics, and the sentence that says why."""
+def histograms(real: Sequence[float], fake: Sequence[float], label: str, alt: str) -> Plot | None:
+    """Shares of values per bin, over bins that both have in common. Values not finite are left out.
 
-    word: str
-    sentence: str
+    label: what the horizontal axis shows, with its unit; alt: the plot in words. None where one
+    side has no values.
+    """
+    real, fake = (np.asarray(values, float) for values in (real, fake))
+    real, fake = real[np.isfinite(real)], fake[np.isfinite(fake)]
+    if not len(real) or not len(fake):
+        return None
+    both = np.concatenate([real, fake])
+    low, high = float(both.min()), float(both.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    bins = int(np.clip(np.sqrt(min(len(real), len(fake))) * 2, 6, BINS))
+    edges = np.linspace(low, high, bins + 1)
+    shares = [np.histogram(values, edges)[0] / len(values) for values in (real, fake)]
+    steps = [np.concatenate([[0], np.repeat(share, 2), [0]]) for share in shares]
+    x, top = np.repeat(edges, 2), float(max(share.max() for share in shares))
+    shapes = [("real area", x, steps[0]), ("fake line", x, steps[1])]
+    return plot_of(shapes, (low, high), (0, top), label=label, unit="share", alt=alt)
+
+
+def spectra(
+    x: Sequence[float], real: np.ndarray, fake: np.ndarray, label: str, unit: str, alt: str
+) -> Plot | None:
+    """Curves (N, len(x)) of real and of generated slices: medians, and the middle 80 % as bands.
+
+    On a logarithmic vertical axis; values that are not above 0 are left out. None where one side
+    has no curve with two such points.
+    """
+    x, bands = np.asarray(x, float), []
+    for curves in (real, fake):
+        curves = np.asarray(curves, float).reshape(-1, len(x))
+        logs = np.log10(np.where(curves > 0, curves, np.nan))
+        seen = np.isfinite(logs).any(axis=0)
+        if seen.sum() < 2:
+            return None
+        bands.append((x[seen], np.nanpercentile(logs[:, seen], [10, 50, 90], axis=0)))
+    values = np.concatenate([band.ravel() for _, band in bands])
+    ys = float(values.min()), float(values.max())
+    if ys[0] == ys[1]:
+        ys = ys[0] - 0.5, ys[1] + 0.5
+    shapes = []
+    for kind, (at, (low, middle, high)) in zip(("real", "fake"), bands, strict=True):
+        around = np.concatenate([at, at[::-1]]), np.concatenate([low, high[::-1]])
+        shapes += [(f"{kind} band", *around), (f"{kind} line", at, middle)]
+    words = {"label": label, "unit": unit, "alt": alt}
+    title = "Median, and the middle 80 % of slices as bands"
+    xs = float(x.min()), float(x.max())
+    return plot_of(shapes, xs, ys, logarithmic=True, title=title, **words)
+
+
+def plot_of(
+    shapes: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    logarithmic: bool = False,
+    **words: str,
+) -> Plot:
+    """Shapes (class, x, y) within axes of these limits, with three ticks each."""
+
+    def across(x: np.ndarray) -> np.ndarray:
+        return Plot.left + (x - xs[0]) / (xs[1] - xs[0]) * (Plot.width - Plot.right - Plot.left)
+
+    def up(y: np.ndarray) -> np.ndarray:
+        foot = Plot.height - Plot.bottom
+        return foot + (y - ys[0]) / (ys[1] - ys[0]) * (Plot.top - foot)
+
+    paths = []
+    for kind, x, y in shapes:
+        points = zip(across(x), up(np.asarray(y, float)), strict=True)
+        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
+        paths.append((kind, path if kind.endswith("line") else path + "Z"))
+    anchors = zip(np.linspace(*xs, 3), ("start", "middle", "end"), strict=True)
+    x_ticks = [(f"{across(x):.1f}", f"{x:.3g}", anchor) for x, anchor in anchors]
+    y_ticks = []
+    for y in np.linspace(*ys, 3):
+        shown = 10**y if logarithmic else y
+        y_ticks.append((f"{up(y) + 4:.1f}", f"{float(f'{shown:.2g}'):,.6g}"))
+    return Plot(paths, x_ticks, y_ticks, **words)
+
+
+def disease_plots(
+    real: Sequence[disease.Measures], fake: Sequence[disease.Measures], label: str
+) -> list[Plot]:
+    """Histograms of all quantities and the noise spectra, of slices of a label ("": all)."""
+    whose = f"real slices and samples{', ' * bool(label)}{label}"
+    plots = []
+    for name, meaning in disease.QUANTITIES.items():
+        values = [[row[name] for row in rows] for rows in (real, fake)]
+        plots.append(histograms(*values, meaning, f"Histograms of {meaning}: {whose}"))
+    curves = [np.array([[row[n] for n in disease.NOISE] for row in rows]) for rows in (real, fake)]
+    axes = "noise power spectrum: cycles per pixel", "HU² px²"
+    plots.append(spectra(disease.FREQUENCIES, *curves, *axes, f"Noise power spectra: {whose}"))
+    return [plot for plot in plots if plot is not None]
+
+
+# The page.
 
 
 @dataclass(frozen=True)
 class Section:
-    """A group of metrics: text (paragraphs parted by an empty line), its table, what is seen.
+    """A part of the page: text (paragraphs parted by an empty line), its table, what is seen.
 
     `meanings` maps a metric to what it means and when not to trust it.
     """
@@ -75,272 +252,122 @@ class Section:
     verdict: Verdict | None = None
 
 
-def judge(score: Score, higher_is_better: bool = False, squared: bool = False) -> Verdict:
-    """A score against its baseline, by the rule that JUDGEMENT tells the reader.
-
-    How far a score is counts from 0, or from 1 where higher is better (Dice); of a squared distance
-    (FID, KID) its root counts.
-    """
-    shown = f"{score.name} {number(score.value)}"
-    value, baseline, best = score.value, score.baseline, score.low
-    if squared:
-        baseline = max(baseline, 0.0)  # an estimate of 0 may lie below it by chance
-    if not math.isfinite(value) or not math.isfinite(baseline) or (baseline == 0 and not squared):
-        return Verdict("not judged", f"{shown}, no baseline to compare it with")
-    if higher_is_better:
-        value, baseline, best = 1 - score.value, 1 - score.baseline, 1 - score.high
-    if math.isnan(best):
-        best = value
-    near = value <= (4 if squared else 2) * baseline
-    word = "good" if best <= baseline else "doubtful" if near else "bad"
-    interval = ""
-    if math.isfinite(score.low):
-        interval = f" (interval {number(score.low)} to {number(score.high)})"
-    return Verdict(word, f"{shown}{interval}, baseline {number(score.baseline)}")
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The worst word of several verdicts, and all their sentences."""
-    words = [verdict.word for verdict in verdicts]
-    word = next(w for w in ("bad", "doubtful", "good", "not judged") if w in words)
-    return Verdict(word, "; ".join(verdict.sentence for verdict in verdicts))
-
-
-def number(value: float | None) -> str:
-    """Four digits, or a dash for a value that is not there."""
-    return DASH if value is None or not math.isfinite(value) else f"{value:.4g}"
+def sections_of(evaluation: Evaluation) -> list[Section]:
+    """Pictures first, then each group of metrics, then the notes."""
+    low, high = evaluation.window
+    text = (
+        f"All at the same window, {low:g} to {high:g} HU. Samples are taken at even distances from "
+        "the list: none is chosen."
+    )
+    if evaluation.paired:
+        text += (
+            " Each row: the real slice whose contour was asked for, with that contour; the sample; "
+            "the sample with the contour. Another patient with such lungs was asked for, not a "
+            "copy: the tissue should differ."
+        )
+    sections = [Section("Samples beside real slices", text, pictures=evaluation.pictures)]
+    for title, group in evaluation.groups.items():
+        about = ABOUT.get(title, {score.name: score.name for score in group.scores})
+        if not group.scores or title not in QUESTIONS:
+            about = {}
+        plots, (kind, _, label) = [], title.partition(": ")
+        if kind == "Disease":
+            real = zip(evaluation.real, evaluation.real_labels, strict=True)
+            fake = ((one.numbers.measures, one.label) for one in evaluation.samples)
+            sides = [[m for m, found in some if label in ("", found)] for some in (real, fake)]
+            plots = disease_plots(*sides, label)
+        sections.append(
+            Section(
+                title, QUESTIONS.get(title, "") if group.scores else "", group.scores,
+                evaluation.closest if title == "Privacy" else (), group.notes, plots,
+                {name: MEANINGS[key] for name, key in about.items()}, group.verdict,
+            )
+        )  # fmt: skip
+    return [*sections, Section("Notes", KEEP, notes=evaluation.notes)]
 
 
-def png_bytes(picture: np.ndarray) -> bytes:
-    """RGB or grey uint8 (H, W, 3) or (H, W) as a PNG file; slices under 128 pixels are enlarged."""
-    image = Image.fromarray(picture)
+def render(title: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
+    """The page as HTML text; `facts` says what was compared, by which versions."""
+    for section in sections:
+        if section.verdict and section.verdict.word not in WORDS:
+            word = section.verdict.word
+            raise ValueError(f"verdict {word!r}; expected one of {', '.join(WORDS)}")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "interval": interval, "base64_png": base64_png}
+    page = environment.get_template("report.html.jinja").render(
+        title=title, sections=sections, facts=facts, judgement=JUDGEMENT, glossary=GLOSSARY
+    )
+    return page.lstrip()
+
+
+def interval(score: Score) -> str:
+    """A score's interval in words, a dash where there is none."""
+    if not math.isfinite(score.low + score.high):
+        return DASH
+    return f"{number(score.low)} to {number(score.high)}"
+
+
+def base64_png(pixels: np.ndarray) -> str:
+    """RGB or grey uint8 (H, W, 3) or (H, W) as a PNG; slices under 128 pixels are enlarged."""
+    image = Image.fromarray(pixels)
     factor = -(-128 // image.height)
     if factor > 1:
         size = factor * image.width, factor * image.height
         image = image.resize(size, Image.Resampling.NEAREST)
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return base64.b64encode(file.getvalue()).decode()
 
 
-def write_report(
-    path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str]
-) -> None:
-    """Write the page, whole or not at all; `facts` says what was compared, by which versions."""
-    text = render(title, sections, facts).encode(
-        "utf-8", "replace"
-    )  # names of files may be no text
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_bytes(text))
+# Files.
 
 
-def render(title: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
-    """The page as HTML text."""
-    body = [f"<header><h1>{escape(title)}</h1>", _summary(sections), "</header>", "<main>"]
-    body += [_section(section, f"s{i}") for i, section in enumerate(sections)]
-    body += [_facts(facts), "</main>"]
-    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
+def require_own(folder: str | Path) -> None:
+    """ValueError where a folder holds another index.html than a report's."""
+    if Path(folder, "index.html").exists() and not Path(folder, "metrics.json").exists():
+        raise ValueError(f"{folder} holds another index.html; write the report to another folder")
 
 
-def _summary(sections: Sequence[Section]) -> str:
-    """A line a group that has a verdict, and what the words mean."""
-    lines = []
-    for i, section in enumerate(sections):
-        verdict = section.verdict
-        if verdict is None:
-            continue
-        if verdict.word not in WORDS:
-            raise ValueError(f"verdict {verdict.word!r}; expected one of {', '.join(WORDS)}")
-        badge = f'<b class="badge {verdict.word.split()[0]}">{verdict.word}</b>'
-        name = f'<a href="#s{i}">{escape(section.title)}</a>'
-        lines.append(f"<li>{badge} <span>{name}: {escape(verdict.sentence)}</span></li>")
-    if not lines:
-        return ""
-    said = "".join(f'<p class="small">{escape(text)}</p>' for text in (JUDGEMENT, GLOSSARY))
-    return f'<ul class="summary">{"".join(lines)}</ul>\n{said}'
+def write_report(evaluation: Evaluation, folder: str | Path) -> None:
+    """Write index.html and metrics.json; both are made before either is written.
+
+    ValueError where the folder holds another index.html.
+    """
+    require_own(folder)
+    page = render(TITLE, sections_of(evaluation), evaluation.facts)
+    numbers = json.dumps(as_dict(evaluation), indent=1, allow_nan=False) + "\n"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = page.encode(errors="replace")  # a file name may be no text
+    write_atomically(folder / "index.html", lambda temporary: temporary.write_bytes(encoded))
+    replace_text(folder / "metrics.json", numbers)
 
 
-def _section(section: Section, anchor: str) -> str:
-    parts = [f'<section id="{anchor}"><h2>{escape(section.title)}</h2>']
-    parts += [f"<p>{escape(text)}</p>" for text in section.text.split("\n\n") if text]
-    if section.scores:
-        # What is said of all rows is said once.
-        scores, said = section.scores, {score.warning for score in section.scores}
-        if len(scores) > 1 and len(said) == 1 and said != {""}:
-            scores = [replace(score, warning="") for score in scores]
-            parts.append(f'<p class="caution">All rows: {escape(*said)}.</p>')
-        parts.append(_table(scores))
-    if section.notes:
-        notes = "".join(f"<li>{escape(note)}</li>" for note in section.notes)
-        parts.append(f'<ul class="notes">{notes}</ul>')
-    if section.plots:
-        plots = "".join(
-            f"<figure>{plot.svg}{_caption(plot.title)}</figure>" for plot in section.plots
-        )
-        legend = (
-            '<p class="legend"><span class="key real"></span> real '
-            '<span class="key fake"></span> samples</p>'
-        )
-        parts.append(f'{legend}<div class="plots">{plots}</div>')
-    if section.pictures:
-        pictures = "".join(_picture(picture) for picture in section.pictures)
-        parts.append(f'<div class="pictures">{pictures}</div>')
-    if section.meanings:
-        terms = "".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
-            for name, text in section.meanings.items()
-        )
-        parts.append(f"<h3>What the numbers mean</h3><dl>{terms}</dl>")
-    return "\n".join([*parts, "</section>"])
-
-
-def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">'
-    return f"<figure>{image}{_caption(picture.title)}</figure>"
-
-
-def _caption(title: str) -> str:
-    return f"<figcaption>{escape(title)}</figcaption>" if title else ""
-
-
-def _table(scores: Sequence[Score]) -> str:
-    """A row a score; on a phone each row is a card, whose cells name their column themselves."""
-    columns = ["metric", "value", "95 % interval", "baseline", "N real / fake", "source"]
-    columns += ["warning"] * any(score.warning for score in scores)
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    rows = []
-    for score in scores:
-        interval = DASH
-        if math.isfinite(score.low) and math.isfinite(score.high):
-            interval = f"{number(score.low)} to {number(score.high)}"
-        cells = (
-            score.name, number(score.value), interval, number(score.baseline),
-            f"{score.n_real} / {score.n_fake}", score.source, score.warning,
-        )  # fmt: skip
-        row = f'<th scope="row">{escape(score.name)}</th>'
-        for column, cell in list(zip(columns, cells, strict=False))[1:]:
-            kind = column if column in ("source", "warning") else "figure"
-            row += f'<td class="{kind}" data-column="{column}">{escape(cell)}</td>'
-        rows.append(f"<tr>{row}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in facts.items()
-    )
-    return f'<section id="facts"><h2>What was compared</h2><dl class="facts">{rows}</dl></section>'
-
-
-# The policy forbids the page what it does not need, should a text get through that acts as markup.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-STYLE = """
-:root { --ink: #1b1f24; --soft: #4d5661; --page: #ffffff; --card: #f3f5f7; --rule: #c9d0d8;
-  --real: #2f6fae; --fake: #b4400a; --good: #1a6b37; --doubtful: #7a5200; --bad: #a3161f;
-  --plain: #4d5661; --badge: #ffffff; --link: #0b57a4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8ebef; --soft: #b3bcc7; --page: #14171b; --card: #1f242a; --rule: #434b55;
-    --real: #7db5ee; --fake: #ff9a5c; --good: #7fd69a; --doubtful: #f0c25a; --bad: #ff9a9a;
-    --plain: #b3bcc7; --badge: #14171b; --link: #8cc2ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 1rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--rule);
-  padding-bottom: .25rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p, dd { max-width: 46rem; margin: .5rem 0; }
-a { color: var(--link); }
-.small { color: var(--soft); font-size: .875rem; }
-.summary { list-style: none; margin: 0; padding: 0; }
-.summary li { display: flex; gap: .75rem; align-items: baseline; padding: .5rem 0;
-  border-bottom: 1px solid var(--rule); }
-.summary li span { min-width: 0; }
-.badge { flex: 0 0 6.2rem; text-align: center; border-radius: .25rem; font-size: .875rem;
-  color: var(--badge); background: var(--plain); padding: .1rem .4rem; }
-.badge.good { background: var(--good); }
-.badge.doubtful { background: var(--doubtful); }
-.badge.bad { background: var(--bad); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0;
-  border-bottom: 1px solid var(--rule); }
-thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 600; }
-td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.source { color: var(--soft); overflow-wrap: anywhere; min-width: 10rem; }
-td.warning, .caution { color: var(--doubtful); }
-td.warning { min-width: 12rem; }
-.notes { padding-left: 1.2rem; }
-.pictures { --least: 28rem; }
-.plots { --least: 20rem; }
-.plots, .pictures { display: grid; gap: 1rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
-figure { margin: 0; background: var(--card); padding: .5rem; border-radius: .4rem; }
-figure img { display: block; width: 100%; max-width: 100%; height: auto; background: #000; }
-figure svg { display: block; width: 100%; height: auto; }
-figcaption { font-size: .875rem; color: var(--soft); padding-top: .35rem; overflow-wrap: anywhere; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-svg path { fill: none; }
-svg .axis { stroke: var(--soft); }
-svg .area.real { fill: var(--real); fill-opacity: .35; stroke: var(--real); }
-svg .band.real { fill: var(--real); fill-opacity: .25; }
-svg .band.fake { fill: var(--fake); fill-opacity: .2; }
-svg .line.real { stroke: var(--real); stroke-width: 2; }
-svg .line.fake { stroke: var(--fake); stroke-width: 2; stroke-dasharray: 5 3; }
-.legend { color: var(--soft); font-size: .875rem; }
-.key { display: inline-block; width: 1.6rem; height: .6rem; margin-left: .8rem;
-  vertical-align: middle; }
-.key.real { background: var(--real); margin-left: 0; }
-.key.fake { height: 0; border-top: 3px dashed var(--fake); }
-dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .5rem 1rem; max-width: 56rem; }
-dt { font-weight: 600; overflow-wrap: anywhere; }
-dd { margin: 0; max-width: none; }
-.facts { font-size: .875rem; }
-.facts dd { color: var(--soft); overflow-wrap: anywhere; }
-@media (max-width: 46rem) {
-  thead { display: none; }
-  table, tbody, tr, th, td { display: block; width: 100%; }
-  tbody tr { background: var(--card); border-radius: .4rem; padding: .6rem .75rem;
-    margin-bottom: .75rem; }
-  tbody th { font-size: 1rem; border: 0; padding: 0 0 .25rem; }
-  td { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .5rem; border: 0;
-    padding: .1rem 0; }
-  td.figure { white-space: normal; }
-  td::before { content: attr(data-column); color: var(--soft); }
-  td:empty { display: none; }
-  .badge { flex-basis: 5.6rem; }
-  dl { display: block; }
-  dt { margin-top: .75rem; }
-}
-@media print {
-  :root { --ink: #000; --soft: #333; --page: #fff; --card: #fff; --rule: #999; --real: #2f6fae;
-    --fake: #b4400a; --good: #1a6b37; --doubtful: #7a5200; --bad: #a3161f; --plain: #4d5661;
-    --badge: #fff; --link: #000; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  .badge, figure img, .key { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  figure, tr, .summary li, dt { break-inside: avoid; }
-  h2, h3, dt, thead { break-after: avoid; }
-  .pictures, .plots { grid-template-columns: repeat(2, 1fr); }
-  .wide { overflow: visible; }
-  table { font-size: 8.5pt; }
-}
-"""
+def as_dict(evaluation: Evaluation) -> dict:
+    """Every number of the report, and what was found of each sample; None for NaN."""
+    samples = []
+    for one in evaluation.samples:
+        measures = {k: value for k, value in one.numbers.measures.items() if np.isfinite(value)}
+        sample: dict = {"file": one.file, "implausible": one.numbers.implausible}
+        sample["measures"] = measures
+        if one.nearest is not None:
+            match = one.nearest
+            sample["nearest"] = {
+                "flagged": match.flagged, "ratio": match.ratio, "training_slice": match.row,
+                "distances": match.distances,
+            }  # fmt: skip
+        samples.append(sample)
+    notes = {"Notes": Group(notes=evaluation.notes)} if evaluation.notes else {}
+    groups = {
+        title: {
+            "verdict": group.verdict and group.verdict.word,
+            "summary": group.verdict and group.verdict.sentence,
+            "notes": list(group.notes),
+            "scores": [score.as_dict() for score in group.scores],
+        }
+        for title, group in (evaluation.groups | notes).items()
+    }
+    return {"facts": evaluation.facts, "groups": groups, "samples": samples}

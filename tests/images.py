@@ -45,4 +45,5 @@ def pixel_networks() -> features.Networks:
     """Networks that need no weights."""
     networks = features.Networks(CPU, dict.fromkeys(features.WEIGHTS, "not loaded"))
     networks.missing, networks.inception, networks.lpips = {}, Pixels(), mean_difference
+    networks.sources = dict.fromkeys(features.WEIGHTS, "pixels")
     return networks

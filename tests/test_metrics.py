@@ -3,7 +3,6 @@
 import hashlib
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,17 @@ from scipy import ndimage
 from torch import Tensor
 
 from fibldm import features, metrics
-from fibldm.metrics import Realism, Score, halves, interval, resamples
+from fibldm.metrics import (
+    ImageSet,
+    Score,
+    Verdict,
+    halves,
+    interval,
+    judge,
+    realism_scores,
+    resamples,
+    worst,
+)
 
 PATIENTS = [f"p{i // 3}" for i in range(60)]  # 20 patients of 3 slices
 
@@ -50,6 +59,43 @@ def test_too_little_for_an_interval_is_nan_and_none_in_json():
     score = Score("fid", 1.0, *interval([]), float("nan"), 2, 3, "Inception", "few")
     content = json.loads(json.dumps(score.as_dict(), allow_nan=False))
     assert content["low"] is None and content["value"] == 1.0
+
+
+# Verdicts.
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "baseline", "options", "word"),
+    [
+        (5.0, 3.0, 7.0, 3.5, {}, "good"),  # the interval reaches the baseline
+        (5.0, 4.0, 7.0, 3.5, {}, "doubtful"),
+        (9.0, 8.0, 10.0, 3.5, {}, "bad"),
+        (9.0, 8.0, 10.0, 3.5, {"squared": True}, "doubtful"),
+        (15.0, 14.0, 16.0, 3.5, {"squared": True}, "bad"),
+        (0.90, 0.88, 0.96, 0.95, {"higher_is_better": True}, "good"),
+        (0.91, 0.90, 0.92, 0.95, {"higher_is_better": True}, "doubtful"),
+        (0.70, 0.68, 0.72, 0.95, {"higher_is_better": True}, "bad"),
+        (5.0, NAN, NAN, 3.5, {}, "doubtful"),  # without an interval the value counts
+        (3.0, NAN, NAN, 3.5, {}, "good"),
+        (0.01, -0.01, 0.02, -0.02, {"squared": True}, "good"),  # KID's baseline below 0 is chance
+        (0.01, 0.005, 0.02, -0.02, {"squared": True}, "bad"),
+        (5.0, 4.0, 6.0, NAN, {}, "not judged"),
+        (5.0, 4.0, 6.0, 0.0, {}, "not judged"),  # how far is twice as far as 0?
+        (NAN, NAN, NAN, 1.0, {}, "not judged"),
+    ],
+)
+def test_judge(value, low, high, baseline, options, word):
+    verdict = judge(Score("m", value, low, high, baseline, 40, 41, "net"), **options)
+    assert verdict.word == word
+    assert verdict.sentence.startswith("m ")
+
+
+def test_a_group_is_as_good_as_its_worst_number():
+    words = [Verdict("good", "a"), Verdict("bad", "b"), Verdict("not judged", "c")]
+    assert worst(words) == Verdict("bad", "a; b; c")
+    assert worst(words[::2]).word == "good"
 
 
 # Control.
@@ -96,7 +142,7 @@ def test_hausdorff_distance_is_that_of_all_pairs_of_border_pixels():
 
 def following(found, asked, spacing, owners):
     dice, hd95 = metrics.contour_dice(found, asked), metrics.hausdorff95(found, asked)
-    return metrics.Following(dice, hd95, np.asarray(spacing, float), owners)
+    return metrics.ContourAgreement(dice, hd95, np.asarray(spacing, float), owners)
 
 
 def test_control_scores_count_what_they_leave_out():
@@ -130,44 +176,46 @@ def test_control_scores_count_what_they_leave_out():
 # Realism, with stand-ins for both networks.
 
 
-def test_realism_without_weights_is_ssim(no_weights, tmp_path):
-    realism = Realism(CPU, tmp_path / "features")
+def patients_of(count: int, each: int = 2) -> list[str]:
+    return [f"p{i // each}" for i in range(count)]
+
+
+def image_set(networks: features.Networks, images: Tensor, owners: list[str]) -> ImageSet:
+    return ImageSet(images[:, 0].numpy(), networks.features(images), owners)
+
+
+def realism_of(
+    real: Tensor,
+    fake: Tensor,
+    paired: Tensor | None = None,
+    patients: list[str] | None = None,
+    networks: features.Networks | None = None,
+    **options: int,
+) -> dict[str, Score]:
+    """The scores of sets of images by name; `paired` with the first of the samples."""
+    networks = networks or pixel_networks()
+    pairs = {name: np.full(len(fake), np.nan) for name in ("ssim", "lpips")}
+    if paired is not None:
+        for name, values in networks.pairs(paired, fake[: len(paired)]).items():
+            pairs[name][: len(values)] = values
+    sides = image_set(networks, real, patients or patients_of(len(real)))
+    names = [f"s{i}" for i in range(len(fake))]
+    scores = realism_scores(sides, image_set(networks, fake, names), pairs, networks, **options)
+    return {score.name: score for score in scores}
+
+
+def test_realism_without_weights_is_ssim(no_weights):
     real, fake = slices(8, seed=0, size=32), slices(5, seed=1, size=32)
-    realism.add_real(real, [f"p{i // 2}" for i in range(8)])
-    realism.add_fake(fake, [f"s{i}" for i in range(5)], real[:5])
-    (score,) = realism.scores()
+    found = realism_of(real, fake, real[:5], networks=features.Networks(CPU))
+    (score,) = found.values()
     expected = float(features.ssim_per_image(real[:5], fake).mean())
     assert score.name == "ssim" and score.value == pytest.approx(expected, abs=1e-6)
     assert score.low < score.value < score.high and np.isfinite(score.baseline)
 
 
-def pixel_realism(folder: Path) -> Realism:
-    realism = Realism(CPU, folder)
-    realism.networks = pixel_networks()
-    realism.sources = dict.fromkeys([*metrics.SET_METRICS, "lpips", "ssim", "diversity"], "pixels")
-    return realism
-
-
-def patients_of(count: int, each: int = 2) -> list[str]:
-    return [f"p{i // each}" for i in range(count)]
-
-
-def by_name(scores: list[Score]) -> dict[str, Score]:
-    return {score.name: score for score in scores}
-
-
-def fill(realism: Realism, real: Tensor, fake: Tensor, paired: Tensor | None = None) -> None:
-    """In batches of 7 and all at once."""
-    for start in range(0, len(real), 7):
-        realism.add_real(real[start : start + 7], patients_of(len(real))[start : start + 7])
-    realism.add_fake(fake, [f"s{i}" for i in range(len(fake))], paired)
-
-
-def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
+def test_every_score_has_what_it_takes_to_believe_it():
     real, fake = slices(24, seed=0, size=32), slices(20, seed=1, size=32)
-    realism = pixel_realism(tmp_path)
-    fill(realism, real, fake, real[:20])
-    found = by_name(realism.scores(draws=40))
+    found = realism_of(real, fake, real[:20], draws=40)
     order = ["fid", "kid", "precision", "recall", "lpips", "ssim", "diversity"]
     assert list(found) == order
     for score in found.values():
@@ -178,7 +226,7 @@ def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
     assert "2,048" in found["fid"].warning
 
     plain = Pixels()
-    x, y = (plain(metrics.to_bytes(images)) for images in (real, fake))
+    x, y = (plain(features.to_bytes(images)) for images in (real, fake))
     assert found["fid"].value == pytest.approx(features.frechet_feature_distance(x, y), rel=1e-6)
     first, second = halves(patients_of(24))
     second = np.sort(np.random.default_rng(0).permutation(second)[:20])
@@ -186,10 +234,10 @@ def test_every_score_has_what_it_takes_to_believe_it(tmp_path):
     assert found["fid"].baseline == pytest.approx(baseline, rel=1e-6)
     assert found["lpips"].value == pytest.approx(float(mean_difference(real[:20], fake).mean()))
     assert found["lpips"].baseline == found["diversity"].baseline  # both of unrelated real slices
-    assert by_name(realism.scores(draws=40)) == found
+    assert realism_of(real, fake, real[:20], draws=40) == found
 
 
-def test_scores_order_what_is_worse(tmp_path):
+def test_scores_order_what_is_worse():
     """Other patients reach the baseline, darker ones do not, and one sample repeated is no set."""
     real = slices(48, seed=0, size=32)
     others = slices(40, seed=1, size=32)
@@ -200,9 +248,7 @@ def test_scores_order_what_is_worse(tmp_path):
         "darker": (others - 0.7).clamp(-1, 1),
         "same": others[:1] + 0.01 * noise,
     }.items():
-        realism = pixel_realism(tmp_path / name)
-        fill(realism, real, fake)
-        found[name] = by_name(realism.scores(draws=20))
+        found[name] = realism_of(real, fake, draws=20)
     others, darker, same = (found[name] for name in ("others", "darker", "same"))
     for name in ("fid", "kid"):
         assert others[name].high < min(darker[name].low, same[name].low)
@@ -213,21 +259,16 @@ def test_scores_order_what_is_worse(tmp_path):
     assert np.isnan(others["lpips"].value) and "no pair" in others["lpips"].warning
 
 
-def test_slices_of_one_patient_are_no_more_evidence(tmp_path):
+def test_slices_of_one_patient_are_no_more_evidence():
     """Each slice four times: with their patients known, KID's interval does not shrink."""
     real, fake = slices(20, seed=0, size=32), slices(30, seed=1, size=32)
     widths = []
-    for i, (images, patients) in enumerate(
-        [
-            (real, patients_of(20, each=1)),
-            (real.repeat_interleave(4, 0), patients_of(80, each=4)),
-            (real.repeat_interleave(4, 0), patients_of(80, each=1)),
-        ]
+    for images, patients in (
+        (real, patients_of(20, each=1)),
+        (real.repeat_interleave(4, 0), patients_of(80, each=4)),
+        (real.repeat_interleave(4, 0), patients_of(80, each=1)),
     ):
-        realism = pixel_realism(tmp_path / str(i))
-        realism.add_real(images, patients)
-        realism.add_fake(fake, [f"s{j}" for j in range(30)])
-        kid = by_name(realism.scores(draws=100))["kid"]
+        kid = realism_of(images, fake, patients=patients, draws=100)["kid"]
         widths.append(kid.high - kid.low)
     assert widths[1] > 0.8 * widths[0] and widths[2] < 0.8 * widths[1]
 
@@ -241,43 +282,30 @@ def test_large_sets_have_fewer_resamples_and_say_so():
     assert "interval from 40 resamples" in fid.warning and fid.low < fid.value < fid.high
 
 
-def test_too_few_images_or_patients_are_said(tmp_path):
-    realism = pixel_realism(tmp_path)
-    for score in realism.scores():
-        assert np.isnan([score.value, score.low, score.baseline]).all() and score.warning
+def test_too_few_images_or_patients_are_said():
     images = slices(6, seed=0, size=32)
-    realism.add_real(images[:5], ["p"] * 5)
-    realism.add_fake(images[5:], ["s"], images[:1])
-    found = by_name(realism.scores())
+    for score in realism_of(images[:0], images[:0], patients=[]).values():
+        assert np.isnan([score.value, score.low, score.baseline]).all() and score.warning
+    found = realism_of(images[:5], images[5:], images[:1], patients=["p"] * 5)
     assert "5 real images and 1 samples" in found["kid"].warning
     assert found["ssim"].value < 1 and "baseline" in found["ssim"].warning
-    realism.add_fake(images[:4], ["a", "b", "c", "d"])
-    fid = by_name(realism.scores())["fid"]
+    fid = realism_of(images[:5], images, patients=["p"] * 5)["fid"]
     assert fid.value > 0 and np.isnan([fid.low, fid.baseline]).all()
     assert "one patient" in fid.warning and "baseline" in fid.warning
 
 
-def test_what_cannot_be_measured_is_refused_and_leaves_nothing(tmp_path):
-    realism, images = pixel_realism(tmp_path), slices(4, seed=0, size=32)
-    realism.add_real(images, list("abcd"))
-    for bad, names, match in (
-        (images * torch.nan, list("abcd"), "NaN"),
-        (images[:, 0], list("abcd"), "1, H"),
-        (images, list("abc"), "4 images, 3 names"),
-        (images[..., :16], list("abcd"), r"\(32, 16\).*\(32, 32\)"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            realism.add_real(bad, names)
-    with pytest.raises(ValueError, match="no pairs"):
-        realism.add_fake(images, list("abcd"), images[:2])
-    assert by_name(realism.scores())["fid"].n_real == 4
+def test_samples_without_a_pair_are_left_out_of_what_is_of_pairs():
+    real, fake = slices(6, seed=0, size=32), slices(5, seed=1, size=32)
+    some, all_paired = realism_of(real, fake, real[:3]), realism_of(real, fake[:3], real[:3])
+    for name in ("lpips", "ssim"):
+        assert some[name] == all_paired[name] and some[name].n_fake == 3
 
 
 # With the real networks.
 
 
 @needs("fid")
-def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets, tmp_path):
+def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets):
     """From images to numbers, by torch-fidelity's own network and functions; nothing is fetched."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -287,11 +315,9 @@ def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets, tm
     real, fake = slices(8, seed=0), slices(8, seed=1)
     fake[:4] = 0.5 * fake[:4] + 0.5 * real[:4]
     state = torch.get_rng_state()
-    realism = Realism(CPU, tmp_path)
+    networks = features.Networks(CPU)
     assert torch.equal(torch.get_rng_state(), state)
-    realism.add_real(real, patients_of(8))
-    realism.add_fake(fake, patients_of(8, each=1))
-    found = by_name(realism.scores(draws=2))
+    found = realism_of(real, fake, networks=networks, draws=2)
 
     path = str(features.weight_file(features.INCEPTION))
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], path).eval()
@@ -311,18 +337,16 @@ def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets, tm
 
 
 @needs("lpips")
-def test_lpips_and_diversity_are_those_of_the_lpips_package(no_sockets, tmp_path):
+def test_lpips_and_diversity_are_those_of_the_lpips_package(no_sockets):
     import lpips
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net="alex", verbose=False)
-    realism = Realism(CPU, tmp_path)
-    realism.networks.inception = None
+    networks = features.Networks(CPU)
+    networks.inception = None
     real, fake = slices(4, seed=0, size=64), slices(4, seed=1, size=64)
-    realism.add_real(real, patients_of(4))
-    realism.add_fake(fake, list("abcd"), real)
-    found = by_name(realism.scores())
+    found = realism_of(real, fake, real, networks=networks)
     with torch.no_grad():
         known = network(real.expand(-1, 3, -1, -1), fake.expand(-1, 3, -1, -1)).mean()
         every = {(i, j): float(network(fake[i], fake[j])) for i in range(4) for j in range(i)}

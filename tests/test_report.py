@@ -1,24 +1,26 @@
 """The report: a page of its own, whose text can't act, with each number in it."""
 
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from fibldm import plots
-from fibldm.metrics import Score
+from fibldm import disease
+from fibldm.evaluation import Evaluation, Group, Picture, SampleResult
+from fibldm.measurement import Measurement
+from fibldm.metrics import PAIR_METRICS, SET_METRICS, Score, Verdict
 from fibldm.report import (
-    Picture,
-    Plot,
     Section,
-    Verdict,
-    judge,
-    png_bytes,
+    as_dict,
+    histograms,
     render,
-    worst,
+    sections_of,
+    spectra,
     write_report,
 )
 
@@ -32,14 +34,14 @@ def score(name="fid", value=12.5, low=10.0, high=15.0, baseline=3.25, warning="f
 
 
 def picture(title="a sample"):
-    return Picture(title, png_bytes(np.zeros((32, 32, 3), np.uint8)), f"picture of {title}")
+    return Picture(title, np.zeros((32, 32, 3), np.uint8), f"picture of {title}")
 
 
 def page(**changes):
-    svg = plots.histograms([1.0, 2.0, 3.0], [2.0, 4.0], "HU", "two histograms")
+    plot = replace(histograms([1.0, 2.0, 3.0], [2.0, 4.0], "HU", "two histograms"), title="a plot")
     section = Section(
         "Realism", "First.\n\nSecond.", [score(), score("kid", 0.0123, NAN, NAN, NAN, "")],
-        [picture()], ["a note"], [Plot("a plot", svg)], {"fid": "a distance"},
+        [picture()], ["a note"], [plot], {"fid": "a distance"},
         Verdict("bad", "fid 12.5, baseline 3.25"),
     )  # fmt: skip
     sections = changes.get("sections", [section])
@@ -97,10 +99,10 @@ def test_every_number_word_and_fact_is_there():
 
 
 def test_hostile_text_stays_text_wherever_it_enters():
-    svg = plots.histograms([1.0, 2.0], [2.0, 4.0], HOSTILE, HOSTILE)
+    plot = replace(histograms([1.0, 2.0], [2.0, 4.0], HOSTILE, HOSTILE), title=HOSTILE)
     section = Section(
         HOSTILE, HOSTILE, [score(HOSTILE, warning=HOSTILE, source=HOSTILE), score()],
-        [picture(HOSTILE)], [HOSTILE], [Plot(HOSTILE, svg)], {HOSTILE: HOSTILE},
+        [picture(HOSTILE)], [HOSTILE], [plot], {HOSTILE: HOSTILE},
         Verdict("good", HOSTILE),
     )  # fmt: skip
     text = page(title=HOSTILE, sections=[section], facts={HOSTILE: HOSTILE})
@@ -125,70 +127,81 @@ def test_an_unknown_verdict_is_refused():
         page(sections=[Section("S", verdict=Verdict("excellent", ""))])
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high", "baseline", "options", "word"),
-    [
-        (5.0, 3.0, 7.0, 3.5, {}, "good"),  # the interval reaches the baseline
-        (5.0, 4.0, 7.0, 3.5, {}, "doubtful"),
-        (9.0, 8.0, 10.0, 3.5, {}, "bad"),
-        (9.0, 8.0, 10.0, 3.5, {"squared": True}, "doubtful"),
-        (15.0, 14.0, 16.0, 3.5, {"squared": True}, "bad"),
-        (0.90, 0.88, 0.96, 0.95, {"higher_is_better": True}, "good"),
-        (0.91, 0.90, 0.92, 0.95, {"higher_is_better": True}, "doubtful"),
-        (0.70, 0.68, 0.72, 0.95, {"higher_is_better": True}, "bad"),
-        (5.0, NAN, NAN, 3.5, {}, "doubtful"),  # without an interval the value counts
-        (3.0, NAN, NAN, 3.5, {}, "good"),
-        (0.01, -0.01, 0.02, -0.02, {"squared": True}, "good"),  # KID's baseline below 0 is chance
-        (0.01, 0.005, 0.02, -0.02, {"squared": True}, "bad"),
-        (5.0, 4.0, 6.0, NAN, {}, "not judged"),
-        (5.0, 4.0, 6.0, 0.0, {}, "not judged"),  # how far is twice as far as 0?
-        (NAN, NAN, NAN, 1.0, {}, "not judged"),
-    ],
-)
-def test_judge(value, low, high, baseline, options, word):
-    verdict = judge(score("m", value, low, high, baseline), **options)
-    assert verdict.word == word
-    assert verdict.sentence.startswith("m ")
+def an_evaluation(word="good", name="sample.png"):
+    measures = dict.fromkeys([*disease.QUANTITIES, *disease.NOISE], 1.0) | {"skewness": NAN}
+    results = [SampleResult(name, "", Measurement(measures, 2))]
+    groups = {
+        "Realism": Group([score()], Verdict(word, "a sentence")),
+        "Disease": Group(verdict=Verdict("not judged", "nothing"), notes=["one line"]),
+    }
+    return Evaluation(
+        groups, results, [measures], [""], {"Date": "today"}, ["a note"], (-1000.0, 400.0),
+        [picture(name)],
+    )  # fmt: skip
 
 
-def test_a_group_is_as_good_as_its_worst_number():
-    words = [Verdict("good", "a"), Verdict("bad", "b"), Verdict("not judged", "c")]
-    assert worst(words) == Verdict("bad", "a; b; c")
-    assert worst(words[::2]).word == "good"
+def test_both_files_are_written_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "report"
+    write_report(an_evaluation(), folder)
+    page, numbers = folder / "index.html", json.loads((folder / "metrics.json").read_text())
+    assert "a sentence" in page.read_text()
+    with pytest.raises(ValueError, match="excellent"):
+        write_report(an_evaluation("excellent"), folder)
+    assert "excellent" not in page.read_text()
+    assert json.loads((folder / "metrics.json").read_text()) == numbers
+    write_report(an_evaluation(name="new \udcff"), folder)  # a file name that is no text
+    assert "new ?" in page.read_text(encoding="utf-8")
+    assert sorted(p.name for p in folder.iterdir()) == ["index.html", "metrics.json"]
 
 
-def test_the_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report" / "index.html"
-    write_report(path, "old", [], {})
-    with pytest.raises(ValueError):
-        write_report(path, "new", [Section("S", verdict=Verdict("?", ""))], {})
-    assert "old" in path.read_text()
-    write_report(path, "new \udcff", [], {})  # a file name that is no text
-    assert "new ?" in path.read_text(encoding="utf-8")
-    assert [p.name for p in path.parent.iterdir()] == ["index.html"]
+def test_numbers_are_those_of_the_groups_and_of_each_sample():
+    found = as_dict(an_evaluation())
+    assert found["groups"]["Realism"]["scores"] == [score().as_dict()]
+    assert found["groups"]["Realism"]["verdict"] == "good"
+    assert found["groups"]["Notes"]["notes"] == ["a note"]
+    (sample,) = found["samples"]
+    assert sample["file"] == "sample.png" and sample["measures"]["mean"] == 1
+    assert "skewness" not in sample["measures"] and "nearest" not in sample
+    json.dumps(found, allow_nan=False)
 
 
-def areas(svg, kind):
-    """Heights of a histogram's steps, as shares of the plot's height."""
-    points = re.search(rf'class="{kind} \w+" d="M([^"Z]*)', svg).group(1).split("L")
-    y = np.array([float(point.split()[1]) for point in points])
-    return (y.max() - y) / (plots.HEIGHT - plots.TOP - plots.BOTTOM)
+def test_another_page_is_left_alone(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"another index\.html"):
+        write_report(an_evaluation(), tmp_path)
+    assert (tmp_path / "index.html").read_text() == "mine"
+
+
+def test_every_metric_that_is_shown_says_what_it_means():
+    names = [*SET_METRICS, *PAIR_METRICS, "dice", "hd95_px", "hd95_mm"]
+    groups = {"Realism": Group([score(name) for name in names])}
+    (section,) = [s for s in sections_of(replace(an_evaluation(), groups=groups)) if s.scores]
+    assert list(section.meanings) == names
+
+
+def heights(plot, kind):
+    """Of a histogram's steps, as shares of the plot's height."""
+    (path,) = [path for found, path in plot.shapes if found.split()[0] == kind]
+    y = np.array([float(point.split()[1]) for point in path.strip("MZ").split("L")])
+    return (y.max() - y) / (plot.height - plot.top - plot.bottom)
 
 
 def test_histograms_show_where_each_side_lies():
-    svg = plots.histograms([0.0] * 50, [10.0] * 50, "HU", "alt")
-    real, fake = areas(svg, "real"), areas(svg, "fake")
+    plot = histograms([0.0] * 50, [10.0] * 50, "HU", "alt")
+    real, fake = heights(plot, "real"), heights(plot, "fake")
     assert real[1] == fake[-2] == 1 and real[-2] == fake[1] == 0
-    assert plots.histograms([NAN], [1.0], "HU", "alt") == ""
-    assert "<svg" in plots.histograms([1.0], [1.0], "HU", "all values alike")
+    assert [value for _, value, _ in plot.x_ticks] == ["0", "5", "10"]
+    assert [value for _, value in plot.y_ticks] == ["0", "0.5", "1"]
+    assert histograms([NAN], [1.0], "HU", "alt") is None
+    assert histograms([1.0], [1.0], "HU", "all values alike").shapes
 
 
 def test_spectra_leave_out_what_has_no_logarithm():
     x = np.arange(1, 5) / 8
     curves = np.array([[4.0, 3, 2, 1], [NAN, 3, 2, 0]])
-    svg = plots.spectra(x, curves, 2 * curves, "f", "HU", "alt")
-    assert svg.count("<path") == 5 and "nan" not in svg
-    assert plots.spectra(x, np.zeros((0, 4)), curves, "f", "HU", "alt") == ""
+    plot = spectra(x, curves, 2 * curves, "f", "HU", "alt")
+    assert len(plot.shapes) == 4 and "nan" not in str(plot)
+    assert spectra(x, np.zeros((0, 4)), curves, "f", "HU", "alt") is None
 
 
 def test_a_browser_shows_it_without_a_word_in_the_console(tmp_path):

@@ -17,9 +17,10 @@ from conftest import ROOT
 from PIL import Image
 
 from benchmarks import fuzz
-from fibldm import checkpoint, ct, limits, plots, report
+from fibldm import checkpoint, ct, limits, report
 from fibldm.encoding import LatentDataset
-from fibldm.metrics import Score
+from fibldm.evaluation import Picture
+from fibldm.metrics import Score, Verdict
 from fibldm.tables import Split, read_table
 from fibldm.vae import VAE
 
@@ -270,13 +271,15 @@ NASTY = """<script>alert("1")</script> & 'b' " onload='x'"""
 
 def test_the_report_shows_names_as_text():
     score = Score(NASTY, 1.0, 1.0, 1.0, 1.0, 3, 3, NASTY, NASTY)
-    svg = plots.histograms([1, 2], [1, 3], NASTY, NASTY)
-    svg += plots.spectra([1, 2], np.ones((1, 2)), np.ones((1, 2)), NASTY, NASTY, NASTY)
-    picture = report.Picture(NASTY, b"png", NASTY)
-    verdict = report.Verdict("good", NASTY)
+    curve = np.ones((1, 2))
+    plots = [
+        report.histograms([1, 2], [1, 3], NASTY, NASTY),
+        report.spectra([1, 2], curve, curve, NASTY, NASTY, NASTY),
+    ]
+    picture = Picture(NASTY, np.zeros((4, 4, 3), np.uint8), NASTY)
     section = report.Section(
-        NASTY, NASTY, [score, score], [picture], [NASTY], [report.Plot(NASTY, svg)],
-        {NASTY: NASTY}, verdict,
+        NASTY, NASTY, [score, score], [picture], [NASTY], plots, {NASTY: NASTY},
+        Verdict("good", NASTY),
     )  # fmt: skip
     page = report.render(NASTY, [section], {NASTY: NASTY})
     seen = Seen()

@@ -1,6 +1,5 @@
-"""scripts/evaluate.py end to end on phantoms and tiny models, and what it says to bad input."""
+"""Evaluations on phantoms and tiny models, from Python and by scripts/evaluate.py."""
 
-import csv
 import json
 import math
 import shutil
@@ -12,20 +11,22 @@ import pytest
 from conftest import ROOT, sample_options
 
 import sample
-from fibldm import ct
+from fibldm import ct, evaluation, export
 from fibldm.datasets import CTDataset
+from fibldm.evaluation import Evaluation
 from fibldm.features import ALEXNET, INCEPTION, use_weights
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice
-from fibldm.tables import Split, read_table
+from fibldm.report import write_report
+from fibldm.synthesis import Synthesizer
+from fibldm.tables import Split, read_table, write_csv
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate
 
-from fibldm import export
-
 pytestmark = pytest.mark.usefixtures("without_weights")
 SPLIT = ["--val_fraction", "0.3"]  # of the stages' VAE
+OPTIONS = {"split": "val", "patient_split": Split(0, 0.3, 0.1), "draws": 20, "workers": 0}
 QUICK = ["--draws", "20", "--device", "cpu", "--num_workers", "0", "--date", "2026-11-22"]
 
 
@@ -57,9 +58,10 @@ def write(folder: Path, images, contours: list[str], labels: list[str], **option
         export.write_slice(folder / name, image, ct.DEFAULT_WINDOW, kind)
     if kind == "png":
         ct.write_dataset_info(folder, export.png_info(options.get("window", ct.DEFAULT_WINDOW)))
-    with open(folder / "samples.csv", "w", newline="") as file:
-        lines = zip(names, contours, labels, strict=True)
-        csv.writer(file).writerows([["file", "contour", "label"], *lines])
+    columns = ["file", "contour", "label"]
+    cells = zip(names, contours, labels, strict=True)
+    lines = [dict(zip(columns, line, strict=True)) for line in cells]
+    write_csv(folder / "samples.csv", lines, columns)
     return folder
 
 
@@ -73,6 +75,62 @@ def held_out(phantoms: Path, folder: Path, **options) -> Path:
 
 def scores(content: dict, group: str) -> dict[str, dict]:
     return {row["name"]: row for row in content["groups"][group]["scores"]}
+
+
+# From Python.
+
+
+def test_an_evaluation_has_scores_verdicts_and_samples(phantoms, stages, tmp_path):
+    samples = held_out(phantoms, tmp_path / "samples")
+    model, said = Synthesizer.from_checkpoints(stages / "vae" / "vae_best.pth", device="cpu"), []
+    found = evaluation.evaluate(
+        phantoms, samples, train=phantoms, model=model, say=said.append, **OPTIONS
+    )
+    assert isinstance(found, Evaluation) and said
+    assert list(found.groups)[:3] == ["Realism", "Control", "Disease"]
+    assert "Privacy" in found.groups and found.groups["Control"].verdict.word == "good"
+    files = sorted(path.name for path in samples.glob("*.png"))
+    assert [one.file for one in found.samples] == files
+    assert all(set(one.nearest.distances) == {"latents", "pixels"} for one in found.samples)
+    assert len(found.real) == len(found.real_labels) == len(files)
+    assert found.paired and found.pictures and found.closest
+    table = found.table()
+    assert {"group", "name", "value", "low", "high", "baseline", "source"} <= set(table.columns)
+    dice = table[table["name"] == "dice"].iloc[0]
+    assert dice["group"] == "Control" and dice["value"] == pytest.approx(dice["baseline"], abs=0.02)
+    write_report(found, tmp_path / "report")
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_the_same_call_gives_the_same_numbers_and_leaves_nothing(phantoms, tmp_path):
+    samples, scratch = held_out(phantoms, tmp_path / "samples"), tmp_path / "scratch"
+    tables = [
+        evaluation.evaluate(phantoms, samples, scratch=scratch, **OPTIONS).table().to_csv()
+        for _ in range(2)
+    ]
+    assert tables[0] == tables[1] and list(scratch.iterdir()) == []
+
+
+def test_copies_are_not_looked_for_without_training_data(phantoms, tmp_path):
+    found = evaluation.evaluate(phantoms, held_out(phantoms, tmp_path / "samples"), **OPTIONS)
+    assert found.groups["Privacy"].verdict.word == "not judged"
+    assert "no training data were given" in found.groups["Privacy"].verdict.sentence
+    assert all(one.nearest is None for one in found.samples) and found.closest == []
+
+
+def test_a_window_that_is_not_the_models_is_refused(phantoms, stages, tmp_path):
+    model = Synthesizer.from_checkpoints(stages / "vae" / "vae_best.pth", device="cpu")
+    with pytest.raises(ValueError, match=r"window .*-600.*expected .*-1000"):
+        evaluation.evaluate(phantoms, tmp_path, model=model, window=(-600.0, 200.0))
+
+
+def test_pictures_are_rgb(phantoms, tmp_path):
+    found = evaluation.evaluate(phantoms, held_out(phantoms, tmp_path / "samples"), **OPTIONS)
+    for picture in found.pictures:
+        assert picture.pixels.dtype == np.uint8 and picture.pixels.shape[2] == 3
+
+
+# By the script.
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +319,7 @@ def test_sizes_that_differ(phantoms, stages, tmp_path):
     large = write(tmp_path / "large", [np.zeros((48, 48))] * 2, [""] * 2, [""] * 2)
     vae = ["--vae_checkpoint", stages / "vae" / "vae_best.pth"]
     message = refused(phantoms, large, tmp_path / "r", *vae)
-    assert "found 48, expected 32" in message
+    assert "48x48" in message and "expected 32x32 as the VAE has" in message
 
 
 def test_another_window(phantoms, stages, tmp_path):
@@ -288,11 +346,12 @@ def test_damaged_samples_are_named(phantoms, tmp_path):
 
 def test_data_that_are_not_there(phantoms, tmp_path):
     samples = held_out(phantoms, tmp_path / "samples")
-    assert "--real" in refused(tmp_path / "none", samples, tmp_path / "r", *SPLIT)
-    message = refused(phantoms, samples, tmp_path / "r", "--train", tmp_path / "none", *SPLIT)
-    assert "--train" in message
+    message = refused(tmp_path / "none", samples, tmp_path / "r", *SPLIT)
+    assert f"{tmp_path / 'none'}: no such folder" in message
+    message = refused(phantoms, samples, tmp_path / "r", "--train", tmp_path / "gone", *SPLIT)
+    assert f"{tmp_path / 'gone'}: no such folder" in message
     table = ["--val_fraction", "0.3", "--test_fraction", "0"]
-    with pytest.raises(ValueError, match="--split test"):
+    with pytest.raises(ValueError, match="none of its 24 rows is in the test split"):
         run(phantoms, samples, tmp_path / "r", "--split", "test", *table)
 
 
