@@ -99,7 +99,7 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def halves(groups: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features of two disjoint halves of the groups (patients), drawn by `seed`."""
+    """Rows of two disjoint halves of the groups (patients), drawn by `seed`."""
     names, owner = np.unique(np.asarray(groups, str), return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     first = np.isin(owner, order[: len(names) // 2])
@@ -107,8 +107,10 @@ def halves(groups: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def resamples(groups: Sequence[str], draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Features of bootstrap resamples: whole groups with replacement, since slices of one patient
-    are no independent evidence."""
+    """Rows of bootstrap resamples: whole groups with replacement.
+
+    Slices of one patient are no independent evidence.
+    """
     owner = np.unique(np.asarray(groups, str), return_inverse=True)[1]
     rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     generator = np.random.default_rng(seed)
@@ -172,16 +174,9 @@ def moved_interval(value: float, drawn: np.ndarray) -> np.ndarray:
 
 
 def set_score(
-    name: str,
-    real: Features,
-    fake: Features,
-    patients: Sequence[str],
-    names: Sequence[str],
-    device: torch.device,
-    source: str,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Score:
+    name: str, real: Features, fake: Features, patients: Sequence[str], names: Sequence[str],
+    device: torch.device, source: str, draws: int = DRAWS, seed: int = 0,
+) -> Score:  # fmt: skip
     """FID, KID, precision or recall of features (N, D) and (M, D), whose groups are given."""
     metric, least, lowest, highest = SET_METRICS[name]
     n, m = len(real), len(fake)
@@ -201,38 +196,38 @@ def set_score(
         warnings.append(f"interval from {draws} resamples")
     resampled = times_drawn(patients, draws, seed), times_drawn(names, draws, seed + 1)
     value, *drawn = metric(real, fake, *resampled, device)
-    low, high = moved_interval(value, np.array(drawn)).clip(lowest, highest)
+    low, high = map(float, moved_interval(value, np.array(drawn)).clip(lowest, highest))
+    baseline, text = set_baseline(name, real, fake, patients, device, seed)
+    warning = "; ".join([*warnings, text])
+    return Score(name, float(value), low, high, baseline, n, m, source, warning)
 
-    # The baseline, and samples in the same numbers: all but KID depend on those.
+
+def set_baseline(
+    name: str, real: Features, fake: Features, patients: Sequence[str], device: torch.device,
+    seed: int,
+) -> tuple[float, str]:  # fmt: skip
+    """A set metric between two halves of the real patients, NaN if these are too few; and of how
+    many images, beside what as many samples have: all but KID depend on the number.
+    """
     first, second = halves(patients, seed)
     generator = np.random.default_rng(seed)
-    second = np.sort(generator.permutation(second)[:m])
-    some = np.sort(generator.permutation(m)[: len(second)])
-    baseline = np.nan
-    if min(len(first), len(second)) < least:
-        warnings.append("too few real patients for a baseline")
-    else:
-        half = real[first]
-        baseline = set_distances(half, real[second], device, [name])[name]
-        text = f"baseline of {len(first)} against {len(second)} images"
-        if name != "kid":
-            alike = set_distances(half, fake[some], device, [name])
-            text += f", where samples have {alike.get(name, np.nan):.4g}"
-        warnings.append(text)
-    bounds = float(low), float(high)
-    return Score(name, float(value), *bounds, baseline, n, m, source, "; ".join(warnings))
+    second = np.sort(generator.permutation(second)[: len(fake)])
+    some = np.sort(generator.permutation(len(fake))[: len(second)])
+    half = real[first]
+    found = set_distances(half, real[second], device, [name])
+    if not found:
+        return np.nan, "too few real patients for a baseline"
+    text = f"baseline of {len(first)} against {len(second)} images"
+    if name != "kid":
+        alike = set_distances(half, fake[some], device, [name])
+        text += f", where samples have {alike.get(name, np.nan):.4g}"
+    return found[name], text
 
 
 def pair_score(
-    name: str,
-    values: np.ndarray,
-    names: Sequence[str],
-    unrelated: np.ndarray,
-    counts: tuple[int, int],
-    source: str,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Score:
+    name: str, values: np.ndarray, names: Sequence[str], unrelated: np.ndarray,
+    counts: tuple[int, int], source: str, draws: int = DRAWS, seed: int = 0,
+) -> Score:  # fmt: skip
     """The mean of a metric over pairs (N,); its baseline over pairs of unrelated real patients."""
     warnings = [f"under {FEW} pairs"] if 0 < len(values) < FEW else []
     if len(values) == 0:
@@ -265,13 +260,9 @@ class ImageSet:
 
 
 def realism_scores(
-    real: ImageSet,
-    fake: ImageSet,
-    pairs: Mapping[str, np.ndarray],
-    networks: Networks,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> list[Score]:
+    real: ImageSet, fake: ImageSet, pairs: Mapping[str, np.ndarray], networks: Networks,
+    draws: int = DRAWS, seed: int = 0,
+) -> list[Score]:  # fmt: skip
     """FID, KID, precision, recall, LPIPS, SSIM, diversity: a row for each whose weights are here.
 
     pairs: Networks.pairs of samples and the real slices whose contours they were given, (M,) each,
@@ -288,31 +279,23 @@ def realism_scores(
     diverse = _distances(fake.images, order[0::2], order[1::2], networks)["lpips"]
     apart = _distances(real.images, *halves(real.owners, seed), networks, seed)
     for name in PAIR_METRICS:
-        if name in networks.missing:
-            continue
         if name == "diversity":
             values, names, unrelated = diverse, list(map(str, range(len(diverse)))), apart["lpips"]
             counts = 2 * len(unrelated), 2 * len(values)
         else:
             rows = np.flatnonzero(np.isfinite(pairs[name]))
-            values, names, unrelated = (
-                pairs[name][rows],
-                [fake.owners[i] for i in rows],
-                apart[name],
-            )
-            counts = len(rows), len(rows)
-        source = networks.sources[name]
-        found.append(pair_score(name, values, names, unrelated, counts, source, *how))
+            values, names = pairs[name][rows], [fake.owners[i] for i in rows]
+            unrelated, counts = apart[name], (len(rows), len(rows))
+        if name not in networks.missing:
+            source = networks.sources[name]
+            found.append(pair_score(name, values, names, unrelated, counts, source, *how))
     return found
 
 
 def _distances(
-    images: np.ndarray | StoredRows,
-    first: np.ndarray,
-    second: np.ndarray,
-    networks: Networks,
+    images: np.ndarray | StoredRows, first: np.ndarray, second: np.ndarray, networks: Networks,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """`Networks.pairs` of images (N, S, S) in these rows, shuffled: at most PAIRS pairs."""
     generator = np.random.default_rng(seed)
     count = min(len(first), len(second), PAIRS)
