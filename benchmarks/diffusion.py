@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from vae import MODELS, clock, peak_memory
 
-from fibldm.batches import Batches, item_noise
+from fibldm.batches import Batches, Plan, item_noise
 from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.datasets import CTDataset, chunks
@@ -193,7 +193,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{args.what}: give --latents FOLDER and --vae FILE")
     if args.what == "encode" and not args.vae:
         parser.error("encode: give --vae FILE")
-    args.grad_accum = 1
     return args
 
 
@@ -420,7 +419,6 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
     """Train one arm for --minutes, into OUT/ARM.pth, with its held-out loss in OUT/ARM.jsonl."""
     device = torch.device(args.device)
     data, precision = LatentDataset(args.latents), Precision(args.precision, device)
-    args.steps = 10**9
     rows = data.indices("train", views=arm != "one_view")
     scheduler = CosineScheduler(device=device)
     torch.manual_seed(args.seed)
@@ -456,7 +454,8 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
         error = net.eps(noisy, t, condition).float() - noise
         return error.square().mean(dim=(1, 2, 3))
 
-    batches = training_batches(data, Batches(rows, args, 0), "bench", 2, device)
+    plan = Plan(10**9, args.batch_size, seed=args.seed)
+    batches = training_batches(data, Batches(rows, plan), "bench", 2, device)
     seconds, step, log, due = 0.0, 0, [], 60.0
     start = clock(args)
     for x0, contour, _, noise, draws in batches:

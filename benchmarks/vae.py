@@ -32,7 +32,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import checkpoint
-from fibldm.batches import Batches, item_noise, item_uniform
+from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.ct import (
     DEFAULT_WINDOW,
     fit_square,
@@ -241,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ct {args.ct}: no lungs/label.csv there (or set FIBLDM_CT)")
     if args.what == "measure" and not args.vae:
         parser.error("measure: give --vae FILE")
-    args.seed, args.grad_accum, args.steps = 0, 1, 10**9
+    args.seed = 0
     return args
 
 
@@ -458,13 +458,13 @@ def train_model(name: str, args: argparse.Namespace) -> None:
         step, seconds, rows = saved["step"], saved["seconds"], saved["rows"]
     if args.compile:
         compile_parts(model)
-    order = Batches(range(len(train)), args, 0)
+    order = Batches(range(len(train)), Plan(10**9, args.batch_size, seed=args.seed))
     saved_at = seconds
     while seconds < 60 * args.minutes:
         start = clock(args)
         step += 1
         positions = range(args.batch_size)
-        x = train[[order.row((step - 1) * args.batch_size + p) for p in positions]]
+        x = train[order.rows_of(step)]
         uniform = item_uniform(args.seed, "shift", step, positions, 2)
         x = shift_slices(x, uniform, SIZE // LATENT).to(device)
         noise = item_noise(args.seed, "vae", step, positions, (args.channels, LATENT, LATENT))

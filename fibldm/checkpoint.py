@@ -287,6 +287,30 @@ def require_equal(what: str, found: object, expected: object, remedy: str) -> No
         raise ValueError(f"{what}: found {found}, expected {expected}; {remedy}")
 
 
+def start_from(
+    path: str | Path, model: nn.Module, label_csv: str, facts: dict, split: dict | None = None
+) -> list[str]:
+    """Give a model the weights of one of its kind that was trained before; returns what to warn of.
+
+    ValueError where its config, or one of the facts that its file keeps, is another, or where it
+    was trained on the table with this hash (`label_csv`) by another split: it has seen patients
+    who are held out now.
+    """
+    trained, content = load_model(path, type(model))
+    remedy = "repeat the options that it was trained with"
+    for name, value in trained.config.items():
+        require_equal(f"{path}: its {name}", value, model.config[name], remedy)
+    same_table = content["lineage"].get("label_csv") == label_csv
+    if same_table and split is not None:
+        facts = facts | {"split": split}
+    for name, value in facts.items():
+        require_equal(f"{path}: its {name}", content[name], value, remedy)
+    model.load_state_dict(trained.state_dict())
+    if same_table:
+        return []
+    return [f"{path} was trained on another table: none of its patients may be held out here"]
+
+
 def save_training(
     path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict, **progress: Any
 ) -> None:

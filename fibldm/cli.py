@@ -104,6 +104,24 @@ def add_window_option(group: Any, default: tuple[float, float] | None, help: str
     )  # fmt: skip
 
 
+def add_run_option(group: Any, default: str) -> None:
+    group.add_argument(
+        "--save_dir", default=default,
+        help="folder of this run; the same command again resumes the run in it",
+    )  # fmt: skip
+
+
+def add_latent_shape_options(group: Any) -> None:
+    """Options of the two stages that train on latents, which have a shape already."""
+    group.add_argument(
+        "--latent_dim", type=positive, help="channels of the latents: checked against the data"
+    )
+    group.add_argument(
+        "--latent_size", type=positive,
+        help="height and width of the latents: checked against the data",
+    )  # fmt: skip
+
+
 def add_workers_option(group: Any) -> None:
     group.add_argument(
         "--num_workers", type=worker_count, default="auto",
@@ -250,7 +268,8 @@ def run_script(main, parse_args) -> None:
         again = stop.code == STOPPED and restarts and "FIBLDM_LAUNCHER" not in os.environ
         code = 0 if again else stop.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        memory = out_of_memory(error, args)
+        sizes = (getattr(args, name, None) for name in ("batch_size", "grad_accum"))
+        memory = out_of_memory(error, *sizes)
         program = memory is None and isinstance(error, RuntimeError)
         if program or os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
@@ -263,7 +282,9 @@ def run_script(main, parse_args) -> None:
     distributed.leave(code)
 
 
-def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
+def out_of_memory(
+    error: Exception, batch_size: int | None = None, grad_accum: int | None = None
+) -> str | None:
     """What to lower, with numbers, where an error is of memory; None where it is another."""
     first = str(error).split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
@@ -275,17 +296,18 @@ def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
         what = f"out of memory: {first}"
     else:
         return None
-    size, parts = getattr(args, "batch_size", None), getattr(args, "grad_accum", None)
-    if size is None:
+    if batch_size is None:
         return what
     processes = distributed.world_size()
-    if parts is None:
-        return f"{what}\nLower --batch_size ({size} slices at once, over {processes} processes)"
-    at_once = size // processes // parts
+    if grad_accum is None:
+        return (
+            f"{what}\nLower --batch_size ({batch_size} slices at once, over {processes} processes)"
+        )
+    at_once = batch_size // processes // grad_accum
     if at_once > 1:
         return (
-            f"{what}\nRaise --grad_accum from {parts} to {2 * parts}: {at_once // 2} slices at "
-            f"once instead of {at_once}, the same result; or lower --batch_size ({size}, over "
-            f"{processes} processes)"
+            f"{what}\nRaise --grad_accum from {grad_accum} to {2 * grad_accum}: {at_once // 2} "
+            f"slices at once instead of {at_once}, the same result; or lower --batch_size "
+            f"({batch_size}, over {processes} processes)"
         )
     return f"{what}\nOnly one slice is computed at once: lower the widths of the network"

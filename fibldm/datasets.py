@@ -153,6 +153,11 @@ class CTDataset(Dataset):
         """Rows that belong to one of the splits."""
         return [i for i, row in enumerate(self.rows) if row.split in splits]
 
+    def summary(self) -> str:
+        """How many slices there are to train on and to validate with."""
+        train, held = len(self.indices("train")), len(self.indices("val"))
+        return f"{train} slices to train on, {held} held out for validation"
+
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and sizes and of their scale: whether the data changed."""
         names = [n for row in self.rows[: self.slices] for n in (row.image, row.contour)]
@@ -350,6 +355,12 @@ def ignore_signals(worker: int) -> None:
 def chunks(items: Sequence[int], size: int) -> list[list[int]]:
     """Consecutive parts of at most `size` items."""
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def spread(items: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    count = min(len(items), most)
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

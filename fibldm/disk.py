@@ -7,9 +7,10 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -109,6 +110,23 @@ def keep(path: Path, as_path: Path) -> None:
         shutil.copyfile(path, temporary)
     os.replace(temporary, as_path)
     temporary.unlink(missing_ok=True)  # a rename to a name of the same file does nothing
+
+
+def lock(path: Path, seconds: float) -> TextIO:
+    """Lock a file for as long as what is returned is open, at most until this process ends.
+
+    BlockingIOError where another process holds it for so many seconds more, another OSError where
+    the file system has no locks.
+    """
+    file, until = open(path, "w"), time.monotonic() + seconds  # noqa: SIM115 (the lock's life)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 class StoredRows:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 class State(NamedTuple):
@@ -123,9 +124,7 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
     Where a process of several makes no progress for `timeout` minutes, it is named and all end.
     Raises ValueError when a GPU is asked for and absent.
     """
-    global _heartbeat
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if available else "cpu"
@@ -135,7 +134,7 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
             raise ValueError(
                 f"--device {device}: under torchrun each process takes its own GPU; use cuda"
             )
-        index = int(number) if number.isdecimal() else local_rank
+        index = int(number) if number.isdecimal() else int(os.environ.get("LOCAL_RANK", 0))
         if index >= available:
             raise ValueError(
                 f"--device {device}: GPU {index} is asked for, {available} are visible to PyTorch; "
@@ -148,24 +147,29 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
     elif device != "cpu":
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
-        gpu = device.startswith("cuda")
-        alarm = threading.Timer(CONNECT, _end_unconnected)
-        alarm.daemon = True
-        alarm.start()
-        store, here, processes = next(dist.rendezvous("env://"))
-        start = _agree_on_start(store, here, processes)
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=dist.PrefixStore(start, store),
-            rank=here,
-            world_size=processes,
-            timeout=timedelta(minutes=4 * timeout + 1),  # the heartbeat knows more: it goes first
-            device_id=torch.device(device) if gpu else None,
-        )
-        alarm.cancel()
-        if world_size() > 1:
-            _heartbeat = Heartbeat(rank(), world_size(), 60 * timeout, start)
+        _join(torch.device(device), timeout)
     return torch.device(device)
+
+
+def _join(device: torch.device, timeout: float) -> None:
+    """Meet the other processes, and watch over them from now on."""
+    global _heartbeat
+    alarm = threading.Timer(CONNECT, _end_unconnected)
+    alarm.daemon = True
+    alarm.start()
+    store, here, processes = next(dist.rendezvous("env://"))
+    start = _agree_on_start(store, here, processes)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(start, store),
+        rank=here,
+        world_size=processes,
+        timeout=timedelta(minutes=4 * timeout + 1),  # the heartbeat knows more: it goes first
+        device_id=device if device.type == "cuda" else None,
+    )
+    alarm.cancel()
+    if processes > 1:
+        _heartbeat = Heartbeat(here, processes, 60 * timeout, start)
 
 
 def _agree_on_start(store: dist.Store, rank: int, processes: int) -> str:
@@ -229,6 +233,24 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(*lines: str) -> None:
+    """Print lines, once for all ranks, beside a progress bar."""
+    for line in lines if is_main() else ():
+        tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn(*warnings: str) -> None:
+    """Print what goes wrong, with its remedy, a line each."""
+    say(*(f"WARNING: {warning}" for warning in warnings))
+
+
+def introduce(data: str, model: nn.Module, device: torch.device, precision: str) -> None:
+    """Say what is trained, on what, and where."""
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    say(f"{data}; {size:.1f} M parameters; {device}, {precision}, {world_size()} process(es)")
+
+
 def mark() -> None:
     """Note that this rank has come as far as the next place where all wait for each other."""
     if _heartbeat is not None:
@@ -283,11 +305,13 @@ def share(count: int) -> range:
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+def wrap(module: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
     """The module to call in training: itself, or in DistributedDataParallel under torchrun.
 
     Keep the unwrapped module too: it holds the state, is saved, and is what inference calls.
     """
+    if compiled:
+        module.compile()
     if world_size() == 1:
         return module
     mark()

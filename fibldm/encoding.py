@@ -341,6 +341,15 @@ class LatentDataset:
         chosen = self.table["split"].isin(splits)
         return np.flatnonzero(chosen if views else chosen & (self.table["view"] == 0)).tolist()
 
+    def summary(self) -> str:
+        """How many latents there are to train on, and slices to validate with."""
+        train, slices = self.indices("train"), self.indices("train", views=False)
+        return (
+            f"{len(train)} latents of {len(slices)} slices to train on, "
+            f"{len(self.indices('val'))} held out for validation; "
+            f"classes {self.classes or 'none'}"
+        )
+
     def use_classes(self, classes: list[str]) -> None:
         """Number the labels by these class names; other labels count as none given."""
         self.classes = list(classes)
@@ -388,19 +397,20 @@ class LatentDataset:
 def training_batches(
     data: LatentDataset, batches: Batches, stream: str, draws: int, device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Latents, contours, labels, noise (as latents) and uniform draws (N, draws) of each part.
+    """Latents, contours, labels, noise (as latents) and uniform draws (N, draws), by micro-batch.
 
-    In the order of `batches`, read and drawn while the part before trains; `stream` names the
+    In the order of `batches`, read and drawn while the one before trains; `stream` names the
     noise.
     """
 
     def make() -> Iterator[tuple[Tensor, ...]]:
-        seed, shape = batches.args.seed, data.latents.shape[1:]
-        for step, positions, rows in batches.parts():
+        seed, shape = batches.plan.seed, data.latents.shape[1:]
+        for step, positions, _ in batches.all_micro_batches():
             drawn = (
                 item_noise(seed, stream, step, positions, shape),
                 item_uniform(seed, "draws", step, positions, draws),
             )
-            yield *data.batch(rows, device), *(to_device(value, device) for value in drawn)
+            loaded = data.batch(batches.rows_of(step, positions), device)
+            yield *loaded, *(to_device(value, device) for value in drawn)
 
     return ahead(make())

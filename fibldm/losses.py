@@ -1,5 +1,7 @@
 """The VAE's perceptual loss without LPIPS, and the random shifts before either loss."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,27 @@ def structural_loss(x: Tensor, y: Tensor) -> Tensor:
             total = total + 0.1 * (1 - structural_similarity(x, y))
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return total
+
+
+def reconstruction_loss(
+    mean: Tensor,
+    drawn: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    weight: float = 0.0,
+    margin: int = 3,
+) -> Tensor:
+    """L1 of a decoded mean, and `weight` times the perceptual loss of what is drawn from it, (N,).
+
+    mean, drawn and the slices x: (N, 1, H, W) in [-1, 1]. The perceptual loss looks at both from
+    offsets (N, 2) in [0, 1) of `margin` pixels: see `view_at`.
+    """
+    loss = (mean - x).abs().mean(dim=(1, 2, 3))
+    if perceptual is None:
+        return loss
+    drawn, x = (view_at(images, offsets, margin) for images in (drawn, x))
+    return loss + weight * perceptual(drawn, x)
 
 
 def view_at(x: Tensor, uniform: Tensor, margin: int) -> Tensor:

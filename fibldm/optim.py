@@ -74,6 +74,18 @@ def optimizer_step(
     scaler.step(optimizer)
 
 
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """The optimizer of the diffusion stages."""
+    weights = model.parameters()
+    return torch.optim.AdamW(weights, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """After a step, taken or skipped: adapt the scale of fp16, and forget the gradients."""
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class EMA:
     """Keeps `model`, the average that inference reads, beside a model in training.
 
@@ -91,8 +103,8 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages, weights = list(self.model.parameters()), list(model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        for average, weight in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(weight)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "model": self.model.state_dict()}

@@ -1,31 +1,26 @@
-"""What the two diffusion stages measure from the EMA while they train, on held-out patients."""
+"""What the two diffusion stages measure from the averaged weights, on held-out patients."""
 
-import argparse
-import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fibldm import distributed
-from fibldm.anatomy import hu_problem
 from fibldm.batches import item_noise
+from fibldm.controlnet import make_denoiser
 from fibldm.ct import unit_to_hu
-from fibldm.datasets import chunks
+from fibldm.datasets import chunks, spread
+from fibldm.distributed import say, warn
 from fibldm.encoding import LatentDataset
 from fibldm.features import Networks, missing_weights
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice, set_distances
-from fibldm.optim import Precision
 from fibldm.panels import write_samples
 from fibldm.privacy import Privacy, Rows, evenly_over
 from fibldm.run import Run
-from fibldm.samplers import dpmpp_2m
-from fibldm.scheduler import CosineScheduler, Denoiser, diffusion_loss
-from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.scheduler import diffusion_loss
+from fibldm.synthesis import Synthesizer
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
 GRID = 16  # samples in the picture
@@ -36,44 +31,46 @@ FOLLOWED = 0.95  # of the Dice that the lungs of real slices have with their own
 FEW_SLICES = 20_000  # of training, repeats included: measured, control was not learnt by fewer
 SEED = 0  # of validation's noise: the same in all runs, so that they can be compared
 
-Steer = Callable[[Tensor, Tensor], Denoiser]  # contours (N, K, H, W), labels (N,) -> denoiser
-
 
 class Validation:
-    """Fixed held-out contours with fixed noise: the loss by noise level, and samples measured."""
+    """Fixed held-out contours with fixed noise: the loss by noise level, and samples measured.
+
+    samples: contours to sample for, at most; steps: of the sampler; max_copies: share of samples
+    that may be copies. The ranks share the work.
+    """
 
     def __init__(
         self,
         data: LatentDataset,
-        vae: VAE,
-        scheduler: CosineScheduler,
-        args: argparse.Namespace,
-        precision: Precision,
+        synthesizer: Synthesizer,
         run: Run,
+        samples: int,
+        steps: int,
+        max_copies: float,
     ) -> None:
-        self.data, self.vae, self.scheduler, self.args = data, vae, scheduler, args
-        self.precision, self.device, self.run = precision, precision.device, run
+        self.data, self.synthesizer, self.run = data, synthesizer, run
+        self.steps, self.max_copies, self.device = steps, max_copies, synthesizer.device
         held = data.indices("val")
-        self.rows = spread(held, args.val_samples)
-        self.mine = [self.rows[i] for i in distributed.share(len(self.rows))]
+        self.rows = spread(held, samples)
+        self.own = distributed.share(len(self.rows))  # this rank's positions in them
         self.realism = Realism(self.device, self.heldout(spread(held, REAL_SLICES)))
         for remedy in self.realism.networks.missing.values():
-            run.say(remedy)
+            say(remedy)
 
         # What the lungs of the real slices have, the contours of others, and how near others are.
-        images = data.heldout_images(self.mine, torch.device("cpu"))[:, 0].numpy()
-        agreement = dice(images, data.contours[self.mine], data.window)
+        own = [self.rows[i] for i in self.own]
+        images = data.heldout_images(own, torch.device("cpu"))[:, 0].numpy()
+        agreement = dice(images, data.contours[own], data.window)
         self.real_dice = float(np.concatenate(distributed.gather(agreement)).mean())
-        count = len(self.rows)
-        self.other = {row: self.rows[(i + count // 2) % count] for i, row in enumerate(self.rows)}
+        half = len(self.rows) // 2
+        self.others = [*self.rows[half:], *self.rows[:half]]
         self.privacy = read_privacy(data, TRAINING_ROWS)
-        if args.steps * args.batch_size < FEW_SLICES:
-            run.warn(
-                [
-                    f"--steps {args.steps} of --batch_size {args.batch_size} are "
-                    f"{args.steps * args.batch_size} slices, repeats included; expected at least "
-                    f"{FEW_SLICES} for samples that follow their contours: see val/dice"
-                ]
+        slices = run.plan.steps * run.plan.batch_size
+        if slices < FEW_SLICES:
+            warn(
+                f"--steps {run.plan.steps} of --batch_size {run.plan.batch_size} are {slices} "
+                f"slices, repeats included; expected at least {FEW_SLICES} for samples that follow "
+                "their contours: see val/dice"
             )
 
     def heldout(self, rows: list[int]) -> Iterator[Tensor]:
@@ -82,101 +79,103 @@ class Validation:
             distributed.alive()
             yield self.data.heldout_images(some, self.device)
 
-    def measure(self, steer: Steer, run: Run, step: int) -> bool:
-        """Loss, samples and their grid, logged as the run's; whether this snapshot is the best."""
-        path = run.folder / "samples" / f"step_{step:07d}.png"
-        values = {**self.loss(steer), **self.samples(steer, path)}
+    def measure(self, step: int) -> bool:
+        """Log loss and samples, and draw them; whether this snapshot is the best so far."""
+        run = self.run
+        if run.rehearsing:
+            self.loss(self.own[:BATCH])
+            self.samples(self.own[:BATCH], step)
+            return True
+        values = {**self.loss(self.own), **self.samples(self.own, step)}
         run.log(step, values, "val")
-        run.picture(step, path)
-        wanted = FOLLOWED * self.real_dice
-        if values["dice"] >= wanted and not run.progress["followed"]:
-            run.progress["followed"] = step
-            run.say(
-                f"samples follow their contours at step {step}: Dice {values['dice']:.3f}, "
-                f"{self.real_dice:.3f} in the real slices"
-            )
-        copies = values.get("copies", 0) > self.args.max_copies
+        copies = values.get("copies", 0) > self.max_copies
         if copies:
-            run.warn(
-                [
-                    f"step {step}: {values['copies']:.0%} of the samples are nearer to a training "
-                    f"slice than held-out slices are (--max_copies {self.args.max_copies:g}): the "
-                    "model memorizes. More patients or --views, a smaller model or more --dropout "
-                    "help; an earlier snapshot is kept as the best where there is one"
-                ]
+            warn(
+                f"step {step}: {values['copies']:.0%} of the samples are nearer to a training "
+                f"slice than held-out slices are (--max_copies {self.max_copies:g}): the model "
+                "memorizes. More patients or --views, a smaller model or more --dropout help; an "
+                "earlier snapshot is kept as the best where there is one"
             )
-        best = run.is_best(values["loss"], copies)
-        last = step == self.args.steps or 0 < self.args.patience <= run.progress["worse"]
-        if last and not run.progress["followed"]:
-            run.warn(
-                [
-                    f"after {step} steps the samples do not follow their contours: Dice "
-                    f"{values['dice']:.3f}, expected {wanted:.3f}; train for more --steps, or "
-                    "larger batches"
-                ]
-            )
+        best = run.progress.improve(values["loss"], copies)
+        self._say_whether_followed(step, values["dice"])
         return best
 
-    def rehearse(self, steer: Steer, folder: Path) -> None:
-        """The first batch of all that `measure` does, logged and remembered nowhere."""
-        trial = copy.copy(self)
-        trial.mine = self.mine[:BATCH]
-        trial.loss(steer)
-        trial.samples(steer, folder / "samples.png")
+    def _say_whether_followed(self, step: int, found: float) -> None:
+        """Say when samples first follow their contours, and at the end where they do not."""
+        plan, progress = self.run.plan, self.run.progress
+        wanted = FOLLOWED * self.real_dice
+        if found >= wanted and not progress.followed:
+            progress.followed = step
+            say(
+                f"samples follow their contours at step {step}: Dice {found:.3f}, "
+                f"{self.real_dice:.3f} in the real slices"
+            )
+        last = step == plan.steps or 0 < plan.patience <= progress.worse
+        if last and not progress.followed:
+            warn(
+                f"after {step} steps the samples do not follow their contours: Dice {found:.3f}, "
+                f"expected {wanted:.3f}; train for more --steps, or larger batches"
+            )
 
     @torch.no_grad()
-    def loss(self, steer: Steer) -> dict[str, float]:
+    def loss(self, own: Sequence[int]) -> dict[str, float]:
         """Mean loss, the loss at each noise level, and what it loses by contours of others.
 
         Deterministic for the same weights. `contour_gap` is what the loss alone hides: by how much
         it rises, as a share, where each slice is given the contour of another.
         """
-        last = self.scheduler.num_timesteps - 1
+        last = self.synthesizer.scheduler.num_timesteps - 1
         levels = [round((i + 0.5) / NOISE_LEVELS * last) for i in range(NOISE_LEVELS)]
         totals = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)
-        for rows in chunks(self.mine, BATCH):
+        for places in chunks(own, BATCH):
             distributed.alive()
+            rows = [self.rows[i] for i in places]
             latents, contours, labels = self.data.batch(rows, self.device)
-            _, others, _ = self.data.batch([self.other[row] for row in rows], self.device)
-            with self.precision.autocast():
-                for total, given in zip(totals, (contours, others), strict=True):
-                    denoiser = steer(given, labels)
-                    for i, level in enumerate(levels):
-                        noise = item_noise(SEED, "val", level, rows, latents.shape[1:])
-                        t = torch.full((len(rows),), level, device=self.device)
-                        losses = diffusion_loss(
-                            denoiser, self.scheduler, latents, t, noise.to(self.device)
-                        )
-                        total[i] += losses.double().sum().cpu()
+            _, others, _ = self.data.batch([self.others[i] for i in places], self.device)
+            for total, given in zip(totals, (contours, others), strict=True):
+                total += self._losses(rows, levels, latents, given, labels)
         totals = distributed.sum_over_ranks(totals.to(self.device)).cpu() / len(self.rows)
         right, wrong = totals.mean(dim=1).tolist()
         by_level = {f"loss_t{level}": float(v) for level, v in zip(levels, totals[0], strict=True)}
         return {"loss": right, "contour_gap": wrong / max(right, 1e-12) - 1, **by_level}
 
-    @torch.no_grad()
-    def samples(self, steer: Steer, grid: Path) -> dict[str, float]:
-        """Sample for the fixed contours, write the grid, measure realism and contour Dice."""
-        images, latents, size = [], [], self.data.image_size
-        timesteps = self.scheduler.timesteps(self.args.val_sampling_steps)
-        for rows in chunks(self.mine, BATCH):
+    def _losses(
+        self, rows: list[int], levels: list[int], x0: Tensor, contours: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The sum of the rows' losses at each level, on the CPU, float64."""
+        model, totals = self.synthesizer, []
+        with model.precision.autocast():
+            denoiser = make_denoiser(model.unet, model.controlnet, contours, labels)
+            for level in levels:
+                noise = item_noise(SEED, "val", level, rows, x0.shape[1:]).to(self.device)
+                t = torch.full((len(rows),), level, device=self.device)
+                losses = diffusion_loss(denoiser, model.scheduler, x0, t, noise)
+                totals.append(losses.double().sum().cpu())
+        return torch.stack(totals)
+
+    def samples(self, own: Sequence[int], step: int) -> dict[str, float]:
+        """Sample for the fixed contours, draw the grid, measure realism and contour Dice."""
+        data, classes, size = self.data, self.data.classes, self.data.image_size
+        labels = [data.table["label"][row] for row in self.rows]
+        labels = [label if label in classes else None for label in labels]
+        samples = self.synthesizer.sample(
+            data.contours[self.rows], labels, indices=own, seed=SEED, steps=self.steps,
+            batch_size=BATCH,
+        )  # fmt: skip
+        images, latents = [np.zeros((0, size, size), np.float32)], []
+        for sample in samples:
             distributed.alive()
-            x0, contours, labels = self.data.batch(rows, self.device)
-            noise = item_noise(SEED, "sample", 0, rows, x0.shape[1:]).to(self.device)
-            with self.precision.autocast():
-                z = dpmpp_2m(steer(contours, labels), self.scheduler, noise, timesteps)
-            pixels = item_noise(SEED, "grain", 0, rows, (1, size, size)).to(self.device)
-            batch = self.vae.decode(z.float() / LATENT_SCALE, pixels).clamp(-1, 1)
-            self.realism.add(batch, self.data.heldout_images(rows, self.device))
-            images.append(batch[:, 0].cpu().numpy())
-            latents.append(z.float().cpu().numpy())
-        empty = np.zeros((0, size, size), np.float32)
-        drawn = np.concatenate([empty, *images])
-        agreement = dice(drawn, self.data.contours[self.mine], self.data.window)
+            images.append(sample.image[None])
+            latents.append(sample.latent)
+        drawn, rows = np.concatenate(images), [self.rows[i] for i in own]
+        for places in chunks(range(len(rows)), BATCH):
+            real = data.heldout_images([rows[i] for i in places], self.device)
+            self.realism.add(torch.from_numpy(drawn[places])[:, None], real)
+        agreement = dice(drawn, data.contours[rows], data.window)
         agreement = np.concatenate(distributed.gather(agreement))
         shown = np.concatenate(distributed.gather(drawn[:GRID]))[:GRID]
-        if distributed.is_main():
-            with self.run.keep_going(grid):
-                write_samples(grid, shown, self.data.contours[self.rows[: len(shown)]])
+        contours = data.contours[self.rows[: len(shown)]]
+        self.run.picture(step, lambda path: write_samples(path, shown, contours))
         values = {**self.realism.compute(), "dice": float(agreement.mean())}
         return {**values, **self.copying(latents)}
 
@@ -188,13 +187,13 @@ class Validation:
         """
         if self.privacy is None:
             return {}
-        matches = [match for part in latents for match in self.privacy.nearest(None, part)]
+        matches = self.privacy.nearest(None, np.stack(latents)) if latents else []
         found = [(match.flagged, match.distances["latents"]) for match in matches]
-        everywhere = np.array([pair for part in distributed.gather(found) for pair in part])
+        pairs = np.array([pair for rank in distributed.gather(found) for pair in rank])
         usual = float(np.median(self.privacy.heldout["latents"]))
         return {
-            "copies": float(everywhere[:, 0].mean()),
-            "distance_to_training": float(np.median(everywhere[:, 1])) / max(usual, 1e-12),
+            "copies": float(pairs[:, 0].mean()),
+            "distance_to_training": float(np.median(pairs[:, 1])) / max(usual, 1e-12),
         }
 
 
@@ -249,11 +248,6 @@ def everywhere(features: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, 0)
 
 
-def spread(rows: Sequence[int], most: int) -> list[int]:
-    """At most so many of the rows, evenly spaced."""
-    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()]
-
-
 def read_privacy(data: LatentDataset, most: int | None = None) -> Privacy | None:
     """The training latents, with thresholds by the held-out ones; None where these are too few.
 
@@ -278,93 +272,3 @@ def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) 
         return np.zeros(0)
     masks = np.stack([lung_mask(hu) for hu in unit_to_hu(images, window)])
     return contour_dice(masks, contours.max(axis=1) > 0)
-
-
-DROWNED = 0.1  # share of signal in a latent channel's variance, below which it carries nothing
-EXPLODED = 30.0  # standard deviation of a latent channel; at the start of training it is about 1
-ANEW = ", in another --save_dir"  # a run keeps its options
-BIAS = 0.02  # of the mean in [-1, 1]: 14 HU at the default window
-FLAT = 0.9  # standard deviation of reconstructions over that of slices
-
-
-def input_warnings(slices: dict[str, np.ndarray]) -> list[str]:
-    """Slices (HU, by name) whose values are not chest CT's: their scale is not as declared."""
-    found = {name: problem for name, hu in slices.items() if (problem := hu_problem(hu))}
-    if not found:
-        return []
-    name, problem = next(iter(found.items()))
-    most = len(found) > len(slices) / 2
-    remedy = "correct rescale_slope and rescale_intercept in dataset.json, or --window; " * most
-    return [
-        f"{len(found)} of {len(slices)} slices looked at do not have the HU of chest CT, "
-        f"{name}: {problem}; {remedy}scripts/check_data.py names all of them"
-    ]
-
-
-def latent_warnings(std: Tensor, noise_std: Tensor) -> list[str]:
-    """Channels that carry nothing, and latents that grow out of all bounds.
-
-    std, noise_std: (C,), standard deviation of the posterior's mean over slices, and the
-    posterior's own.
-    """
-    if not (std.isfinite().all() and noise_std.isfinite().all()):
-        return [f"latents are NaN or infinite: the training has diverged; lower --lr{ANEW}"]
-    signal = std.square() / (std.square() + noise_std.square()).clamp(min=1e-12)
-    warnings = []
-    if dead := [i for i, share in enumerate(signal.tolist()) if share < DROWNED]:
-        warnings.append(
-            f"latent channels {dead} have collapsed: less than {DROWNED:.0%} of what the decoder "
-            f"gets in them is signal; lower --kl_weight, or take a smaller --latent_dim{ANEW}"
-        )
-    if (largest := float(std.max())) > EXPLODED:
-        warnings.append(
-            f"the latent scale explodes: standard deviation {largest:.3g} in a channel, expected "
-            f"about 1; raise --kl_weight, or lower --lr{ANEW}"
-        )
-    return warnings
-
-
-def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
-    """Reconstructions of another mean or spread than their slices.
-
-    brightness: mean difference of reconstruction and slice, in [-1, 1]; contrast: ratio of their
-    standard deviations.
-    """
-    if not (math.isfinite(brightness) and math.isfinite(contrast)):
-        return [f"reconstructions are NaN or infinite: the training has diverged; lower --lr{ANEW}"]
-    warnings = []
-    if abs(brightness) > BIAS:
-        warnings.append(
-            f"reconstructions are {'darker' if brightness < 0 else 'brighter'} than their slices "
-            f"by {abs(brightness) / 2:.1%} of the window, expected at most {BIAS / 2:.1%}; train "
-            f"longer, or lower --perceptual_weight{ANEW}"
-        )
-    if contrast < FLAT:
-        warnings.append(
-            f"reconstructions are flatter than their slices: {contrast:.2f} times their standard "
-            f"deviation, expected {FLAT:g} and more; train longer, or lower --kl_weight{ANEW}"
-        )
-    return warnings
-
-
-def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) from the sums of values and of squares (2, C), float64."""
-    mean, square = sums / count
-    return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
-
-
-def heldout_latents(
-    train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor]
-) -> dict[str, float]:
-    """Worst channel of held-out latents that are made standard by the moments of training slices.
-
-    train, heldout: mean and standard deviation (C,). `latent_mean`, expected 0, and
-    `latent_variance`, expected 1: those that are furthest from it.
-    """
-    spread = train[1].clamp(min=1e-6)
-    mean = (heldout[0] - train[0]) / spread
-    variance = (heldout[1] / spread).square()
-    return {
-        "latent_mean": float(mean[mean.abs().argmax()]),
-        "latent_variance": float(variance[(variance - 1).abs().argmax()]),
-    }

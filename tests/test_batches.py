@@ -3,31 +3,32 @@
 import numpy as np
 import pytest
 import torch
-from conftest import training_options as options
 from scipy import stats
 from torch import nn
 
 from fibldm import distributed
-from fibldm.batches import Batches, item_noise, item_uniform, seed_dropout
+from fibldm.batches import Batches, Plan, item_noise, item_uniform, seed_dropout
 
 ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
 
 
+def planned(**changed: int) -> Plan:
+    return Plan(**{"steps": 10, "batch_size": 8, **changed})
+
+
 def global_batches(monkeypatch, processes: int, start: int = 0, **changed) -> list[list[int]]:
     """Rows of each step over all processes, in the order of their positions in the batch."""
-    args = options(**changed)
-    steps = [[-1] * args.batch_size for _ in range(args.steps - start)]
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    plan = planned(**changed)
+    steps = [[-1] * plan.batch_size for _ in range(plan.steps - start)]
     for rank in range(processes):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        batches = Batches(ROWS, args, start)
-        parts = list(batches)
-        assert len(parts) == len(batches)
-        for i, rows in enumerate(parts):
-            step, part = divmod(i, args.grad_accum)
-            for position, row in zip(batches.positions(part), rows, strict=True):
-                assert steps[step][position] == -1
-                steps[step][position] = row
+        batches = Batches(ROWS, plan, start)
+        assert len(list(batches)) == len(batches)
+        for micro, rows in zip(batches.all_micro_batches(), batches, strict=True):
+            for position, row in zip(micro.positions, rows, strict=True):
+                assert steps[micro.step - start - 1][position] == -1
+                steps[micro.step - start - 1][position] = row
     return steps
 
 
@@ -71,27 +72,33 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, processes, grad_ac
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     match = rf"--batch_size 8.*{processes} processes x --grad_accum {grad_accum}"
     with pytest.raises(ValueError, match=match):
-        Batches(ROWS, options(grad_accum=grad_accum), 0)
+        planned(grad_accum=grad_accum)
 
 
-def test_parts_say_where_each_row_belongs():
-    batches = Batches(ROWS, options(batch_size=4, grad_accum=2, steps=3), 1)
-    parts = list(batches.parts())
-    assert [(step, list(positions)) for step, positions, _ in parts] == [
-        *((2, [0, 1]), (2, [2, 3]), (3, [0, 1]), (3, [2, 3]))
+def test_micro_batches_say_where_each_row_belongs():
+    batches = Batches(ROWS, planned(batch_size=4, grad_accum=2, steps=3), 1)
+    found = list(batches.all_micro_batches())
+    assert [(step, list(positions), last) for step, positions, last in found] == [
+        *((2, [0, 1], False), (2, [2, 3], True), (3, [0, 1], False), (3, [2, 3], True))
     ]
-    assert [rows for _, _, rows in parts] == list(batches)
+    assert [batches.rows_of(micro.step, micro.positions) for micro in found] == list(batches)
+    assert found[2:] == list(batches.micro_batches(3))
+
+
+def test_a_plan_is_among_the_options_of_a_script():
+    options = {"steps": 3, "batch_size": 2, "patience": 4, "save_dir": "run"}
+    assert Plan.of(options) == Plan(steps=3, batch_size=2, patience=4)
 
 
 # Images that cannot be read.
 
 
 def test_a_row_left_out_is_replaced_by_the_next_whenever_it_is_found(monkeypatch):
-    whole = [rows for rows in Batches(ROWS, options(), 0)]
+    whole = [rows for rows in Batches(ROWS, planned())]
     expected = [[{7: 11, 31: 3}.get(row, row) for row in rows] for rows in whole]
-    batches = Batches(ROWS, options(), 0, [7, 31])
+    batches = Batches(ROWS, planned(), 0, [7, 31])
     assert [list(rows) for rows in batches] == expected
-    late = Batches(ROWS, options(), 0)
+    late = Batches(ROWS, planned())
     rows = iter(late)
     first = [next(rows) for _ in range(3)]
     late.leave_out([31, 7])
@@ -102,7 +109,7 @@ def test_a_row_left_out_is_replaced_by_the_next_whenever_it_is_found(monkeypatch
 
 def test_the_rows_of_a_step_over_all_ranks(monkeypatch):
     expected = global_batches(monkeypatch, 2, grad_accum=2)
-    batches = Batches(ROWS, options(), 0)
+    batches = Batches(ROWS, planned())
     assert [batches.rows_of(step) for step in range(1, 11)] == expected
 
 

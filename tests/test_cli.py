@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from conftest import training_options as options
 
 import train_vae
 from fibldm import cli, distributed
@@ -99,16 +98,14 @@ def test_out_of_gpu_memory_says_what_to_lower_with_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * 2**30)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
-    said = out_of_memory(error, options(batch_size=64, grad_accum=2))
+    said = out_of_memory(error, 64, 2)
     for words in ("80.0 GiB", "70.0", "1.0 are free", "12.00 GiB", "--grad_accum from 2 to 4"):
         assert words in said
     assert "4 slices at once instead of 8" in said and "--batch_size (64" in said
-    assert "widths" in out_of_memory(error, options(batch_size=8, grad_accum=2))
-    sampling = argparse.Namespace(batch_size=16)
-    assert "Lower --batch_size (16 slices at once, over 4 processes)" in out_of_memory(
-        error, sampling
-    )
-    assert out_of_memory(RuntimeError("shape mismatch"), options()) is None
+    assert "widths" in out_of_memory(error, 8, 2)
+    assert "Lower --batch_size (16 slices at once, over 4 processes)" in out_of_memory(error, 16)
+    assert out_of_memory(error) is not None and "Lower" not in out_of_memory(error)
+    assert out_of_memory(RuntimeError("shape mismatch"), 8, 1) is None
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def ended(monkeypatch):
         def main(args):
             raise error
 
-        run_script(main, options)
+        run_script(main, argparse.Namespace)
         return codes[0]
 
     return end

@@ -1,6 +1,5 @@
 """Latent data sets: of the VAE, whole, checked, refused, and of older versions."""
 
-import argparse
 import errno
 import json
 import os
@@ -13,7 +12,7 @@ import pytest
 import torch
 from small_data import SIZE, SPLIT, dataset_of, make_data
 
-from fibldm.batches import Batches, item_noise, item_uniform
+from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.checkpoint import load, save, save_model
 from fibldm.datasets import CHECKED, CTDataset, Views
 from fibldm.disk import PackedRows, create_rows, file_hash
@@ -329,20 +328,21 @@ def test_a_view_does_not_depend_on_the_other_rows(tmp_path):
 
 def test_training_batches_are_those_of_their_rows_and_positions(latents):
     data = LatentDataset(latents[0])
-    args = argparse.Namespace(batch_size=4, grad_accum=2, steps=3, seed=7)
-    rows = data.indices("train")
-    found = list(training_batches(data, Batches(rows, args, 0), "unet", 3, CPU))
+    plan = Plan(batch_size=4, grad_accum=2, steps=3, seed=7)
+    batches = Batches(data.indices("train"), plan)
+    found = list(training_batches(data, batches, "unet", 3, CPU))
     assert len(found) == 6
-    for (step, positions, chosen), batch in zip(Batches(rows, args, 0).parts(), found, strict=True):
+    for (step, positions, _), batch in zip(batches.all_micro_batches(), found, strict=True):
         x0, contour, label, noise, draws = batch
+        chosen = batches.rows_of(step, positions)
         assert torch.equal(x0, torch.from_numpy(data.latents[chosen]))
         assert torch.equal(contour, torch.from_numpy(data.contours[chosen]))
         assert label.tolist() == data.labels[chosen].tolist()
         assert torch.equal(noise, item_noise(7, "unet", step, positions, x0.shape[1:]))
         assert torch.equal(draws, item_uniform(7, "draws", step, positions, 3))
-    resumed = list(training_batches(data, Batches(rows, args, 2), "unet", 3, CPU))
-    for mine, theirs in zip(resumed, found[4:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    later = Batches(data.indices("train"), plan, 2)
+    for one, other in zip(training_batches(data, later, "unet", 3, CPU), found[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_latents_of_another_scale_are_refused_with_both(latents):

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "disk": set(),
     "checkpoint": {"disk", "limits"},
-    "journal": {"disk"},
+    "journal": {"batches", "checkpoint", "config", "disk", "distributed", "limits"},
     "limits": set(),
     "dicom": {"limits"},
     "volumes": {"dicom", "limits"},
@@ -68,10 +68,17 @@ MAY_IMPORT = {
         *("measurement", "synthesis", "tables"),
     },
     "report": {"disease", "disk", "evaluation", "metrics"},
-    "batches": {"distributed"},
+    "batches": {"distributed", "optim"},
     "config": set(),
     "cli": {"config", "distributed", "optim"},
-    "run": {"batches", "checkpoint", "cli", "config", "disk", "distributed", "journal", "limits"},
+    "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal"},
+    "reconstruction": {
+        *("anatomy", "batches", "datasets", "distributed", "features", "panels", "run", "vae"),
+    },
+    "validation": {
+        *("batches", "controlnet", "ct", "datasets", "distributed", "encoding", "features"),
+        *("lungs", "metrics", "panels", "privacy", "run", "scheduler", "synthesis"),
+    },
 }
 
 

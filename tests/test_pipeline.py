@@ -28,7 +28,7 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
-from fibldm import ct, encoding
+from fibldm import ct, encoding, losses, reconstruction
 from fibldm.checkpoint import load_model
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
@@ -226,13 +226,13 @@ def test_slices_are_moved_in_training(phantoms, tmp_path):
 
 
 def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp_path, monkeypatch):
-    seen, view_at = [], train_vae.view_at
+    seen, view_at = [], losses.view_at
 
     def watched(x, offsets, margin):
         seen.append((offsets.tolist(), margin))
         return view_at(x, offsets, margin)
 
-    monkeypatch.setattr(train_vae, "view_at", watched)
+    monkeypatch.setattr(losses, "view_at", watched)
     run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "2"))
     offsets = [tuple(map(tuple, offsets)) for offsets, _ in seen]
     assert offsets[0] == offsets[1] != offsets[2] == offsets[3]  # slice and reconstruction alike
@@ -245,14 +245,14 @@ def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp
 def test_a_slice_its_view_and_its_grain_are_moved_independently(phantoms, tmp_path, monkeypatch):
     """Each by numbers of its own: a view that goes with the slice would undo a part of its move."""
     seen = {}
-    for name in "shift_slices", "view_at", "moved":
-        real = getattr(train_vae, name)
+    for module, name in (train_vae, "shift_slices"), (losses, "view_at"), (train_vae, "moved"):
+        real = getattr(module, name)
 
         def watched(x, uniform, *rest, name=name, function=real):
             seen.setdefault(name, uniform.tolist())  # of the first step
             return function(x, uniform, *rest)
 
-        monkeypatch.setattr(train_vae, name, watched)
+        monkeypatch.setattr(module, name, watched)
     run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "1"))
     numbers = [number for uniform in seen.values() for pair in uniform for number in pair]
     assert len(numbers) == len(set(numbers)) == 3 * 4 * 2
@@ -292,7 +292,7 @@ def test_the_perceptual_loss_sees_the_grain_and_cannot_change_its_strength(
 
     monkeypatch.setattr(train_vae, "structural_loss", watched_perceptual)
     monkeypatch.setattr(train_vae, "grain_loss", watched_grain)
-    monkeypatch.setattr(train_vae, "view_at", lambda x, offsets, margin: x)
+    monkeypatch.setattr(losses, "view_at", lambda x, offsets, margin: x)
     more = ("--steps", "2", "--perceptual", "structural")
     run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
     assert len(seen) == 3  # two steps, one validation
@@ -369,8 +369,8 @@ class Smallest(torch.nn.Module):
 @pytest.mark.parametrize("perceptual", ["lpips", "structural"])
 def test_small_slices_train_with_a_perceptual_loss(perceptual, phantoms, tmp_path, monkeypatch):
     if perceptual == "lpips":
-        monkeypatch.setattr(train_vae, "missing_weights", lambda names: {})
-        monkeypatch.setattr(train_vae, "load_lpips", lambda device: Smallest())
+        monkeypatch.setattr(reconstruction, "missing_weights", lambda names: {})
+        monkeypatch.setattr(reconstruction, "load_lpips", lambda device: Smallest())
     size = {"lpips": "32", "structural": "12"}[perceptual]
     more = ("--steps", "1", "--perceptual", perceptual, "--image_size", size, "--latent_size", "4")
     run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
@@ -408,13 +408,14 @@ torch.set_num_threads(1)
 import {script} as script
 from fibldm.run import Run
 end_step = Run.end_step
-def end_step_and_die(self, step):
+def end_step_and_die(self, step, validate):
+    def die(*_):
+        os.kill(os.getpid(), {number})
     if step == {step} - 1 and {number} != signal.SIGKILL:
-        os.kill(os.getpid(), {number})
-    due = end_step(self, step)
+        die()
+    end_step(self, step, die if step == {step} else validate)
     if step == {step}:
-        os.kill(os.getpid(), {number})
-    return due
+        die()
 Run.end_step = end_step_and_die
 from fibldm.cli import run_script
 run_script(script.main, script.parse_args)
@@ -525,11 +526,11 @@ def test_gradients_that_are_not_finite_reach_no_weight(
     script = SCRIPTS[stage]
     clip, state = script.clip_gradients, {"step": 0}
 
-    def poisoned(optimizer, scaler, args):
+    def poisoned(optimizer, scaler, most):
         state["step"] += 1
         if state["step"] in bad:
             optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
-        return clip(optimizer, scaler, args)
+        return clip(optimizer, scaler, most)
 
     monkeypatch.setattr(script, "clip_gradients", poisoned)
     more = ("--steps", "4", "--log_interval", "1", "--max_bad_steps", "2")

@@ -1,12 +1,14 @@
 """The run's folder: resume, log, skipped steps, stops, full disks, what is kept."""
 
 import errno
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ from torch import nn
 
 from fibldm import journal
 from fibldm import run as run_module
-from fibldm.batches import Batches
+from fibldm.batches import Batches, Plan, Progress
 from fibldm.checkpoint import save
 from fibldm.cli import STOPPED
-from fibldm.journal import read_log
-from fibldm.run import FREE_OPTIONS, SIGNALS, Run
+from fibldm.journal import FREE_OPTIONS, read_log
+from fibldm.run import SIGNALS, Run
 
 CPU = torch.device("cpu")
 ROWS = range(3, 13)
@@ -36,34 +38,39 @@ def handlers():
 
 def begin(folder, **changed) -> tuple[Run, nn.Module]:
     """A run of a tiny model, resumed if it is there; weights count the steps."""
-    run = Run(options(save_dir=str(folder), **changed), CPU)
+    settings = options(save_dir=str(folder), **changed)
+    run = Run(folder, Plan.of(settings), CPU, settings)
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     run.resume("train_x", {"model": model}, {"label_csv": "a" * 64})
     return run, model
 
 
-def batches(run: Run) -> Batches:
-    return Batches(ROWS, run.args, run.progress["step"], run.progress["bad_images"])
+def nothing(step: int) -> None:
+    """A validation that measures nothing."""
 
 
-def take(run: Run, model: nn.Module, step: int, loss: float = 0.0, norm: float = 1.0) -> bool:
-    """A step that adds 1 to the weight where the run finds it sound."""
-    run.average(loss=torch.tensor(loss or float(step)))
-    sound = run.is_sound(step, torch.tensor(norm))
-    if sound:
+def steps(run: Run, validate: Callable[[int], None] = nothing) -> Iterator[int]:
+    """The steps that are left of a run whose batches need not be loaded."""
+    run.batches_of(ROWS)
+    return (step for step, _ in run.steps(itertools.count, validate))
+
+
+def take(run: Run, model: nn.Module, loss: float = 0.0, norm: float = 1.0) -> bool:
+    """A step that adds 1 to the weight where the run lets it; its loss is by default its number."""
+    run.average(loss=torch.tensor(loss or run.progress.step + 1.0))
+    taken = run.may_step(torch.tensor(norm))
+    if taken:
         with torch.no_grad():
             model.weight += 1
-    return sound
+    return taken
 
 
-def train(run: Run, model: nn.Module, until: int = 10**9) -> None:
-    for step in run.steps(batches(run)):
+def train(run: Run, model: nn.Module, until: int = 10**9, validate=nothing) -> None:
+    for step in steps(run, validate):
         if step > until:
             break
-        take(run, model, step)
-        if run.end_step(step):
-            run.end_validation(step)
+        take(run, model)
     run.close()
 
 
@@ -82,7 +89,7 @@ def test_a_run_writes_its_folder_and_resumes(tmp_path):
     assert logged(folder) == [1, 2, 3, 4, 5]
 
     run, model = begin(folder, steps=6, save_interval=3)
-    assert run.progress["step"] == 3 and model.weight.item() == 3
+    assert run.progress.step == 3 and model.weight.item() == 3
     assert logged(folder) == [1, 2, 3]
     train(run, model)
     assert logged(folder) == [1, 2, 3, 4, 5, 6]
@@ -92,7 +99,7 @@ def test_a_run_writes_its_folder_and_resumes(tmp_path):
 def test_a_finished_run_has_nothing_left_and_can_be_prolonged(tmp_path):
     train(*begin(tmp_path / "run", steps=4))
     run, model = begin(tmp_path / "run", steps=4)
-    assert list(run.steps(batches(run))) == [] and model.weight.item() == 4
+    assert list(steps(run)) == [] and model.weight.item() == 4
     run.close()
     train(*begin(tmp_path / "run", steps=6))
     assert logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
@@ -129,13 +136,81 @@ def test_all_other_settings_are_named(tmp_path):
         begin(tmp_path / "run", steps=2, lr=0.2, new=1)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "cooldown"])
-def test_steps_are_fixed_where_the_learning_rate_follows_from_them(tmp_path, schedule):
-    train(*begin(tmp_path / "run", steps=4, lr_schedule=schedule))
+def test_steps_are_fixed_where_all_learning_rates_follow_from_them(tmp_path):
+    train(*begin(tmp_path / "run", steps=4, lr_schedule="cosine"))
     with pytest.raises(ValueError, match=r"--steps was 4, is 6"):
-        begin(tmp_path / "run", steps=6, lr_schedule=schedule)
-    with pytest.raises(ValueError, match=rf"--lr_schedule was {schedule}, is constant"):
+        begin(tmp_path / "run", steps=6, lr_schedule="cosine")
+    with pytest.raises(ValueError, match=r"--lr_schedule was cosine, is constant"):
         begin(tmp_path / "run", steps=4)
+
+
+def follow_rate(run: Run, model: nn.Module, best: dict[int, float] | None = None) -> None:
+    """Train so that the weight is the sum of the learning rates; `best`: validation losses."""
+    model.kind, model.config = "x", {}
+
+    def validate(step: int) -> None:
+        if run.progress.improve((best or {}).get(step, 9.0)):
+            run.save_best("x_best.pth", model, step=step)
+
+    for step in steps(run, validate):
+        run.average(loss=torch.tensor(1.0))
+        assert run.may_step(torch.tensor(1.0))
+        with torch.no_grad():
+            model.weight += run.plan.learning_rate(step)
+    run.close()
+
+
+def test_a_longer_training_goes_on_from_before_the_cooldown(tmp_path):
+    more = {"lr_schedule": "cooldown", "val_interval": 5, "save_interval": 3, "keep_last": 2}
+    whole = begin(tmp_path / "whole", steps=20, **more)
+    follow_rate(*whole, {5: 3.0, 10: 2.0, 15: 4.0, 20: 1.0})
+    run = begin(tmp_path / "run", steps=10, **more)  # it cools down after step 8
+    follow_rate(*run, {5: 3.0, 10: 1.5})
+    assert run[1].weight.item() < 10 * 0.1 - 0.05
+    assert torch.load(run[0].folder.path / "x_best.pth", weights_only=True)["step"] == 10
+
+    run = begin(tmp_path / "run", steps=20, **more)
+    assert run[0].progress.step == 8 and run[0].progress.best == 3.0
+    assert torch.load(run[0].folder.path / "x_best.pth", weights_only=True)["step"] == 5
+    assert max(logged(tmp_path / "run")) == 8
+    follow_rate(*run, {10: 2.0, 15: 4.0, 20: 1.0})
+    assert torch.equal(run[1].weight, whole[1].weight)
+    assert run[0].progress == whole[0].progress
+    names = [{path.name for path in (tmp_path / n).iterdir()} for n in ("run", "whole")]
+    assert "kept_0000016" in names[0] and names[0] == {*names[1], "x_best_0000010.pth"}
+
+
+def test_a_training_that_has_cooled_down_cannot_go_on_without_what_was_kept(tmp_path):
+    more = {"lr_schedule": "cooldown", "val_interval": 5}
+    follow_rate(*begin(tmp_path / "run", steps=10, **more))
+    follow_rate(*begin(tmp_path / "run", steps=10, **more))  # nothing is left to do
+    shutil.rmtree(tmp_path / "run" / "kept_0000008")
+    with pytest.raises(ValueError, match=r"cooled down since step 8, and .*kept_0000008"):
+        begin(tmp_path / "run", steps=20, **more)
+
+
+def test_steps_can_not_be_lowered_to_where_it_should_have_cooled_down_before(tmp_path):
+    run, model = begin(tmp_path / "run", steps=20, lr_schedule="cooldown", save_interval=1)
+    train(run, model, until=9)
+    with pytest.raises(ValueError, match=r"is at step 9: for --steps 10 .* from step 8 on"):
+        begin(tmp_path / "run", steps=10, lr_schedule="cooldown")
+    begin(tmp_path / "run", steps=12, lr_schedule="cooldown")[0].close()
+
+
+def test_a_kill_at_the_start_of_a_cooldown_loses_nothing(tmp_path, monkeypatch):
+    more = {"lr_schedule": "cooldown", "val_interval": 5, "steps": 10}
+
+    def die(*_: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.RunFolder, "keep_checkpoints", die)
+        run = begin(tmp_path / "run", **more)
+        with pytest.raises(InterruptedError):
+            follow_rate(*run)
+        run[0].close()
+    follow_rate(*begin(tmp_path / "run", **more))
+    assert (tmp_path / "run" / "kept_0000008" / "last.pth").is_file()
 
 
 def test_a_run_from_before_there_were_schedules_goes_on(tmp_path):
@@ -159,11 +234,11 @@ def test_a_run_whose_shift_was_in_pixels_goes_on(tmp_path):
 
 
 def test_free_options_may_change(tmp_path):
-    free = {name: 1 for name in FREE_OPTIONS if name != "save_dir"}
+    free = {name: 1 for name in FREE_OPTIONS - {"save_dir", "dry_run"}}
     train(*begin(tmp_path / "run", **{**free, "steps": 2}))
     other = {**{name: 2 for name in free}, "steps": 3}
     run, _ = begin(tmp_path / "run", **other)
-    assert run.progress["step"] == 2
+    assert run.progress.step == 2
     run.close()
 
 
@@ -197,15 +272,14 @@ def test_a_damaged_args_json_or_last_pth_is_refused_by_name(tmp_path):
 def test_a_signal_saves_and_leaves_after_the_step(tmp_path, number, capsys):
     run, model = begin(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:
-        for step in run.steps(batches(run)):
+        for step in steps(run):
             if step == 4:
                 signal.raise_signal(number)
-            take(run, model, step)
-            run.end_step(step)
+            take(run, model)
     assert stopped.value.code == STOPPED == 75
     assert "stopped after step 4, all saved" in capsys.readouterr().out
     run, model = begin(tmp_path / "run")
-    assert run.progress["step"] == 4 and model.weight.item() == 4
+    assert run.progress.step == 4 and model.weight.item() == 4
     run.close()
 
 
@@ -220,21 +294,19 @@ def test_a_run_that_is_closed_gives_the_signals_back(tmp_path):
 def test_a_second_signal_ends_at_once_with_its_own_code(tmp_path):
     run, _ = begin(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:
-        for _ in run.steps(batches(run)):
+        for _ in steps(run):
             signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert not run.last.exists()
+    assert not run.folder.last.exists()
 
 
 def test_where_all_is_on_disk_one_signal_ends_at_once(tmp_path):
     run, model = begin(tmp_path / "run", val_interval=1)
-    step = next(run.steps(batches(run)))
-    take(run, model, step)
-    assert run.end_step(step)
     with pytest.raises(SystemExit) as stopped:
-        signal.raise_signal(signal.SIGTERM)
+        train(run, model, validate=lambda step: signal.raise_signal(signal.SIGTERM))
     assert stopped.value.code == STOPPED
+    run.close()
 
 
 def test_a_time_limit_saves_and_leaves(tmp_path, monkeypatch, capsys):
@@ -243,35 +315,36 @@ def test_a_time_limit_saves_and_leaves(tmp_path, monkeypatch, capsys):
     later = {"by": 0.0}
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock() + later["by"])
     with pytest.raises(SystemExit) as stopped:
-        for step in run.steps(batches(run)):
+        for step in steps(run):
             later["by"] = 3700.0 if step == 3 else 0.0
-            take(run, model, step)
-            run.end_step(step)
+            take(run, model)
     assert stopped.value.code == STOPPED and clock() - start < 600
     assert "after step 3 by --time_limit, all saved" in capsys.readouterr().out
     monkeypatch.undo()
     run, model = begin(tmp_path / "run", time_limit=None)
-    assert run.progress["step"] == 3 == model.weight.item()
+    assert run.progress.step == 3 == model.weight.item()
     run.close()
 
 
 def test_validation_is_due_at_its_interval_at_the_end_and_after_a_kill(tmp_path):
-    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
     due = []
-    for step in run.steps(batches(run)):
-        if run.end_step(step):
-            due.append(step)
-            if step == 4:
-                break  # killed in its validation
-            run.end_validation(step)
+
+    def killed(step: int) -> None:
+        due.append(step)
+        if step == 4:
+            raise InterruptedError
+
+    run, model = begin(tmp_path / "run", steps=5, val_interval=2)
+    with pytest.raises(InterruptedError):
+        train(run, model, validate=killed)
     run.close()
     assert due == [2, 4]
-    run, _ = begin(tmp_path / "run", steps=5, val_interval=2)
-    assert run.progress["step"] == 4 and run.validation_pending()
-    run.end_validation(4)
-    assert not run.validation_pending()
-    assert [step for step in run.steps(batches(run)) if run.end_step(step)] == [5]
-    run.close()
+    run, model = begin(tmp_path / "run", steps=5, val_interval=2)
+    assert run.progress.step == 4 and run.progress.validated == 2
+    train(run, model, validate=due.append)
+    assert due == [2, 4, 4, 5] and model.weight.item() == 5
+    train(*begin(tmp_path / "run", steps=5, val_interval=2), validate=due.append)
+    assert due == [2, 4, 4, 5]
 
 
 def test_log_lines_hold_means_since_the_last(tmp_path):
@@ -286,13 +359,12 @@ def test_log_lines_hold_means_since_the_last(tmp_path):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     run, model = begin(tmp_path / "run", steps=6)
-    for step in run.steps(batches(run)):
+    for step in steps(run):
         loss = float("nan") if step == 2 else 0.0
         norm = float("inf") if step == 3 else 1.0
-        assert take(run, model, step, loss, norm) == (step not in (2, 3))
-        run.end_step(step)
+        assert take(run, model, loss, norm) == (step not in (2, 3))
     run.close()
-    assert model.weight.item() == 4 and run.progress["bad_steps"] == 0
+    assert model.weight.item() == 4 and run.progress.bad_steps == 0
     rows = list(read_log(tmp_path / "run"))
     assert [row.get("train/skipped_steps") for row in rows] == [None, 1, 2, 2, 2, 2]
     assert [row.get("train/loss") for row in rows] == [1, None, None, 4, 5, 6]
@@ -300,25 +372,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     assert "step 2: loss not finite; it is skipped" in out
     assert "step 3: grad_norm not finite; it is skipped, as 2 in a row (--max_bad_steps 3)" in out
     run, model = begin(tmp_path / "run", steps=6)
-    assert run.progress["skipped"] == 2
+    assert run.progress.skipped == 2
     run.close()
 
 
 def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path):
     run, model = begin(tmp_path / "run", save_interval=1, val_interval=5)
     scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
-    run.parts["scaler"] = scaler
+    run.folder.components["scaler"] = scaler
     with pytest.raises(
         ValueError, match=r"diverged.*step 6: loss not finite.*last\.pth is of step 3"
     ):
-        for step in run.steps(batches(run)):
-            take(run, model, step, float("nan") if step > 3 else 0.0)
-            if run.end_step(step):
-                run.end_validation(step)
+        for step in steps(run):
+            take(run, model, float("nan") if step > 3 else 0.0)
     run.close()
     found = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
     assert found["step"] == 6 and found["checkpoint_step"] == 3 and found["seed"] == 0
-    assert found["rows"] == Batches(ROWS, run.args, 0).rows_of(6)
+    assert found["rows"] == Batches(ROWS, run.plan).rows_of(6)
     assert found["scaler"]["scale"] == 0.5
     assert found["values_by_rank"] == [{"loss": ["nan"], "grad_norm": ["1.0"]}]
     content = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
@@ -328,47 +398,43 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path):
 def test_a_stop_among_skipped_steps_is_saved_and_goes_on_counting(tmp_path):
     run, model = begin(tmp_path / "run", save_interval=1, max_bad_steps=4)
     with pytest.raises(SystemExit):
-        for step in run.steps(batches(run)):
+        for step in steps(run):
             if step == 5:
-                assert run.saved_step == 3  # from before the steps that are skipped
+                assert run.folder.saved_step == 3  # from before the steps that are skipped
                 signal.raise_signal(signal.SIGTERM)
-            take(run, model, step, float("nan") if step > 3 else 0.0)
-            run.end_step(step)
+            take(run, model, float("nan") if step > 3 else 0.0)
     run, model = begin(tmp_path / "run", save_interval=1, max_bad_steps=4)
-    assert run.progress["step"] == 5 and run.progress["bad_steps"] == 2 and model.weight.item() == 3
+    assert run.progress.step == 5 and run.progress.bad_steps == 2 and model.weight.item() == 3
     with pytest.raises(ValueError, match=r"step 7.*4 steps in a row"):
-        for step in run.steps(batches(run)):
-            take(run, model, step, float("nan"))
-            run.end_step(step)
+        for _ in steps(run):
+            take(run, model, float("nan"))
     run.close()
 
 
 def test_a_good_step_between_forgives(tmp_path):
     run, model = begin(tmp_path / "run", steps=9)
-    for step in run.steps(batches(run)):
-        take(run, model, step, 0.0 if step % 3 == 0 else float("nan"))
-        run.end_step(step)
-    assert run.progress["skipped"] == 6 and run.progress["bad_steps"] == 0
+    for step in steps(run):
+        take(run, model, 0.0 if step % 3 == 0 else float("nan"))
+    assert run.progress.skipped == 6 and run.progress.bad_steps == 0
     run.close()
 
 
 def test_an_overflow_of_fp16_is_no_error_until_the_scale_is_1(tmp_path):
     run, model = begin(tmp_path / "run", steps=40)
-    run.parts["scaler"] = scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    run.folder.components["scaler"] = scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scales = []
     with pytest.raises(ValueError, match="diverged"):
-        for step in run.steps(batches(run)):
+        for _ in steps(run):
             scaler.scale(weight.sum() * float("inf")).backward()
             scaler.unscale_(optimizer)
-            assert not take(run, model, step, norm=float("inf"))
+            assert not take(run, model, norm=float("inf"))
             scaler.update()
             optimizer.zero_grad()
             scales.append(scaler.get_scale())
-            run.end_step(step)
     assert scales == [8, 4, 2, 1, 0.5, 0.25]  # 4 overflows, then 3 that count; the third ends
-    assert run.progress["bad_steps"] == 3
+    assert run.progress.bad_steps == 3
     run.close()
 
 
@@ -377,29 +443,26 @@ def test_an_overflow_of_fp16_is_no_error_until_the_scale_is_1(tmp_path):
 
 def test_an_unreadable_image_is_left_out_within_the_limit(tmp_path, capsys):
     run, model = begin(tmp_path / "run", steps=4, max_bad_images=2)
-    order = batches(run)
-    for step in run.steps(order):
+    for step in steps(run):
         if step in (2, 3):
-            run.suspect(torch.tensor([[-1, -1], [5, -1]]))
-        take(run, model, step)
-        run.end_step(step)
+            run.note_unreadable(torch.tensor([[-1, -1], [5, -1]]))
+        take(run, model)
     run.close()
-    assert run.progress["bad_images"] == [5] and order.left_out == {5}
+    assert run.progress.bad_images == [5] and run.batches.left_out == {5}
     assert "rows [5] of the table (from 0) cannot be read any more: 1 in all" in (
         capsys.readouterr().out
     )
     run, _ = begin(tmp_path / "run", steps=4, max_bad_images=2)
-    assert batches(run).left_out == {5}
+    assert run.batches_of(ROWS).left_out == {5}
     run.close()
 
 
 def test_more_unreadable_images_than_the_limit_end_the_run(tmp_path):
     run, model = begin(tmp_path / "run", save_interval=1, max_bad_images=1)
     with pytest.raises(ValueError, match=r"rows \[4, 5\].*2 in all.*--max_bad_images 1.*of step 2"):
-        for step in run.steps(batches(run)):
-            run.suspect(torch.tensor([4, 5] if step == 3 else [-1, -1]))
-            take(run, model, step)
-            run.end_step(step)
+        for step in steps(run):
+            run.note_unreadable(torch.tensor([4, 5] if step == 3 else [-1, -1]))
+            take(run, model)
     run.close()
 
 
@@ -411,34 +474,32 @@ def full_disk(monkeypatch, names: tuple[str, ...] = ("save_training", "save_mode
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name in names:
-        monkeypatch.setattr(run_module, name, fail)
+        monkeypatch.setattr(journal, name, fail)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(tmp_path, monkeypatch, capsys):
     run, model = begin(tmp_path / "run", steps=8, save_interval=2)
-    for step in run.steps(batches(run)):
-        take(run, model, step)
+    for step in steps(run):
+        take(run, model)
         if step == 4:
             full_disk(monkeypatch)
-        run.end_step(step)
-        if step == 4:
+        if step == 5:
             monkeypatch.undo()
             said = capsys.readouterr().out
             assert "last.pth of step 4 could not be written: No space left" in said
             assert "GiB are free. Training goes on." in said and "is of step 2, from before" in said
-            assert torch.load(run.last, weights_only=True)["step"] == 2
+            assert torch.load(run.folder.last, weights_only=True)["step"] == 2
     run.close()
-    assert torch.load(run.last, weights_only=True)["step"] == 8
+    assert torch.load(run.folder.last, weights_only=True)["step"] == 8
 
 
 def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     run, model = begin(tmp_path / "run", steps=3, save_interval=2)
     with pytest.raises(ValueError, match=r"last step is taken but cannot be saved.*of step 2"):
-        for step in run.steps(batches(run)):
-            take(run, model, step)
+        for step in steps(run):
+            take(run, model)
             if step == 3:
                 full_disk(monkeypatch)
-            run.end_step(step)
     run.close()
 
 
@@ -446,17 +507,16 @@ def test_a_best_snapshot_that_cannot_be_written_is_not_the_best(tmp_path, monkey
     run, model = begin(tmp_path / "run", steps=9, val_interval=3)
     model.kind, model.config = "x", {}
     losses = {3: 1.0, 6: 2.0, 9: 3.0}
-    for step in run.steps(batches(run)):
-        take(run, model, step)
-        if run.end_step(step):
-            if step == 3:
-                full_disk(monkeypatch, ("save_model",))
-            if run.is_best(losses[step]):
-                run.save_best("x_best.pth", model, step=step)
-            monkeypatch.undo()
-            run.end_validation(step)
-    run.close()
-    assert torch.load(run.folder / "x_best.pth", weights_only=True)["step"] == 6
+
+    def validate(step: int) -> None:
+        if step == 3:
+            full_disk(monkeypatch, ("save_model",))
+        if run.progress.improve(losses[step]):
+            run.save_best("x_best.pth", model, step=step)
+        monkeypatch.undo()
+
+    train(run, model, validate=validate)
+    assert torch.load(run.folder.path / "x_best.pth", weights_only=True)["step"] == 6
 
 
 def test_a_log_that_cannot_be_written_waits_and_loses_no_row(tmp_path, monkeypatch, capsys):
@@ -471,14 +531,14 @@ def test_a_log_that_cannot_be_written_waits_and_loses_no_row(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         return file
 
-    for step in run.steps(batches(run)):
-        take(run, model, step)
+    for step in steps(run):
+        take(run, model)
         if step == 2:
             monkeypatch.setattr(journal, "open", full, raising=False)
-        run.end_step(step)
-        monkeypatch.undo()
+        if step == 3:
+            monkeypatch.undo()
     run.close()
-    assert [row["step"] for row in read_log(run.folder)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_log(run.folder.path)] == [1, 2, 3, 4]
     assert "metrics.jsonl: No space left on device; its rows wait" in capsys.readouterr().out
 
 
@@ -486,13 +546,13 @@ def test_the_log_is_cut_into_parts_and_read_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PART", 300)
     run, model = begin(tmp_path / "run", steps=40, save_interval=30)
     train(run, model, until=35)
-    parts = journal.log_parts(run.folder)
+    parts = journal.log_parts(run.folder.path)
     assert len(parts) > 3
     assert max(path.stat().st_size for path in parts) < 600
     run, model = begin(tmp_path / "run", steps=40, save_interval=30)
-    assert [row["step"] for row in read_log(run.folder)] == list(range(1, 31))
+    assert [row["step"] for row in read_log(run.folder.path)] == list(range(1, 31))
     train(run, model)
-    assert [row["step"] for row in read_log(run.folder)] == list(range(1, 41))
+    assert [row["step"] for row in read_log(run.folder.path)] == list(range(1, 41))
 
 
 def test_tensorboard_has_one_file_with_all_rows_however_often_it_was_resumed(tmp_path):
@@ -510,11 +570,11 @@ def test_the_last_n_checkpoints_are_kept_and_can_be_gone_back_to(tmp_path):
     more = {"steps": 10, "save_interval": 2, "val_interval": 4, "keep_last": 3}
     run, model = begin(tmp_path / "run", **more)
     train(run, model)
-    names = sorted(path.name for path in run.folder.glob("*.pth"))
+    names = sorted(path.name for path in run.folder.path.glob("*.pth"))
     assert names == ["last.pth", "step_0000006.pth", "step_0000008.pth"]
-    shutil.copy(run.folder / "step_0000006.pth", run.last)
+    shutil.copy(run.folder.path / "step_0000006.pth", run.folder.last)
     run, model = begin(tmp_path / "run", **more)
-    assert run.progress["step"] == 6 == model.weight.item()
+    assert run.progress.step == 6 == model.weight.item()
     train(run, model)
     assert model.weight.item() == 10
 
@@ -524,14 +584,14 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, monkeypatch):
     hold = f"import fcntl, time; f = open({str(folder / '.lock')!r}, 'w'); "
     hold += "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
     folder.mkdir()
-    monkeypatch.setattr(run_module, "FREED", 0.3)
+    monkeypatch.setattr(journal, "FREED", 0.3)
     command = [sys.executable, "-c", hold]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"run: another process is training in it"):
             begin(folder)
         assert sorted(path.name for path in folder.iterdir()) == [".lock", "samples"]
-        monkeypatch.setattr(run_module, "FREED", 30)
+        monkeypatch.setattr(journal, "FREED", 30)
         other.kill()  # its lock goes with it
         run, _ = begin(folder)
         run.close()
@@ -541,14 +601,14 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its last.pth lacks what was not counted then."""
     run, model = begin(tmp_path / "run", steps=2)
     train(run, model)
-    content = torch.load(run.last, weights_only=True)
+    content = torch.load(run.folder.last, weights_only=True)
     older = {name: value for name, value in content.items() if name != "skipped"}
-    save(run.last, older)
+    save(run.folder.last, older)
     run, model = begin(tmp_path / "run", steps=3)
-    assert run.progress["step"] == 2 and run.progress["skipped"] == 0
+    assert run.progress.step == 2 and run.progress.skipped == 0
     run.close()
     del older["step"]
-    save(run.last, older)
+    save(run.folder.last, older)
     with pytest.raises(ValueError, match=r"last\.pth: step is missing in it"):
         begin(tmp_path / "run", steps=3)
 
@@ -557,14 +617,15 @@ def test_what_is_not_compared_of_the_lineage_stays_as_it_was(tmp_path):
     """Files that became unreadable are not what they were; the rest of the run goes on as such."""
     train(*begin(tmp_path / "run", steps=2))
     for unchecked in [], ["label_csv"]:
-        run = Run(options(save_dir=str(tmp_path / "run"), steps=3), CPU)
-        parts = {"model": nn.Linear(1, 1, bias=False)}
+        settings = options(save_dir=str(tmp_path / "run"), steps=3)
+        run = Run(tmp_path / "run", Plan.of(settings), CPU, settings)
+        components = {"model": nn.Linear(1, 1, bias=False)}
         if not unchecked:
             with pytest.raises(ValueError, match="SHA-256 of its label_csv"):
-                run.resume("train_x", parts, {"label_csv": "b" * 64})
+                run.resume("train_x", components, {"label_csv": "b" * 64})
             continue
-        run.resume("train_x", parts, {"label_csv": "b" * 64}, unchecked)
-        train(run, parts["model"])
+        run.resume("train_x", components, {"label_csv": "b" * 64}, unchecked)
+        train(run, components["model"])
     last = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert last["lineage"] == {"label_csv": "a" * 64} and last["step"] == 3
 
@@ -580,34 +641,42 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
 # Preflight.
 
 
-def rehearsed(folder, rehearse=None, **changed) -> tuple[Run, nn.Module, list]:
-    run, model = begin(folder, **changed)
-    asked = []
+def rehearsed(folder, trouble=None, **changed) -> tuple[Run, nn.Module, list]:
+    """A run after its preflight, in which a step or a validation may have trouble."""
+    run, model = begin(folder, **{"no_preflight": False, **changed})
+    model.kind, model.config, seen = "x", {}, []
 
-    def step_and_more(step, trial):
-        asked.append((step, trial))
-        take(run, model, step, loss=float("nan") if rehearse == "nan" else 0.0)
-        (trial / "samples.png").write_bytes(b"drawn")
+    def validate(step: int) -> None:
+        seen.append((step, run.rehearsing))
+        run.picture(step, lambda path: path.write_bytes(b"drawn"))
         run.log(step, {"loss": 1.0}, "val")
-        if isinstance(rehearse, Exception):
-            raise rehearse
+        assert run.progress.improve(1.0)
+        run.save_best("x_best.pth", model)
+        if isinstance(trouble, Exception):
+            raise trouble
 
-    run.preflight(step_and_more)
-    return run, model, asked
+    trial = steps(run, validate)
+    next(trial)
+    take(run, model, loss=float("nan") if trouble == "nan" else 0.0)
+    next(trial, None)
+    return run, model, seen
 
 
 @pytest.mark.parametrize("outcome", ["fine", "nan"])
 def test_a_preflight_takes_a_step_and_undoes_it(tmp_path, outcome, capsys):
-    run, model, asked = rehearsed(tmp_path / "run", outcome, steps=3)
-    assert asked == [(1, run.folder / ".preflight")]
+    run, model, seen = rehearsed(tmp_path / "run", outcome, steps=3)
+    assert seen == [(1, True)] and not run.rehearsing
     assert "preflight: a step, a validation and a checkpoint of" in capsys.readouterr().out
-    assert model.weight.item() == 0 and run.progress["skipped"] == 0
+    assert model.weight.item() == 0 and run.progress == Progress()
     names = {".lock", "args.json", "samples", "tensorboard"}
-    assert {path.name for path in run.folder.iterdir()} == names
+    assert {path.name for path in run.folder.path.iterdir()} == names
+    assert not any((run.folder.path / "samples").iterdir())
+    run.close()
+    run, model = begin(tmp_path / "run", steps=3)
     train(run, model)
-    assert [row["train/loss"] for row in read_log(run.folder)] == [1, 2, 3]
-    run, model, asked = rehearsed(tmp_path / "run", steps=5)
-    assert asked[0][0] == 4 and model.weight.item() == 3  # also before a run goes on
+    assert [row["train/loss"] for row in read_log(run.folder.path)] == [1, 2, 3]
+    run, model, seen = rehearsed(tmp_path / "run", steps=5)
+    assert seen == [(4, True)] and model.weight.item() == 3  # also before a run goes on
     run.close()
     assert rehearsed(tmp_path / "run", steps=5, no_preflight=True)[2] == []
 
@@ -616,13 +685,33 @@ def test_a_preflight_that_fails_leaves_no_run_behind(tmp_path):
     with pytest.raises(ValueError, match="metrics"):
         rehearsed(tmp_path / "run", ValueError("metrics"), steps=3)
     run, _ = begin(tmp_path / "run", steps=3, lr=0.5)  # other settings are free to try
-    assert not (run.folder / ".preflight").exists() and not list(run.folder.glob("*.pth"))
+    assert not (run.folder.path / ".preflight").exists() and not list(run.folder.path.glob("*.pth"))
     run.close()
+
+
+def test_a_disk_that_is_full_in_a_preflight_is_an_error(tmp_path, monkeypatch):
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        rehearsed(tmp_path / "run", steps=3)
+    assert not (tmp_path / "run" / ".preflight").exists()
+
+
+def test_a_dry_run_ends_after_the_preflight(tmp_path, capsys):
+    for no_preflight in False, True:
+        with pytest.raises(SystemExit) as ended:
+            rehearsed(tmp_path / "run", steps=3, dry_run=True, no_preflight=no_preflight)
+        assert ended.value.code == 0
+        assert "preflight: a step, a validation" in capsys.readouterr().out
+        assert not list((tmp_path / "run").glob("*.pth"))
+    train(*begin(tmp_path / "run", steps=3))
+    with pytest.raises(SystemExit):
+        rehearsed(tmp_path / "run", steps=4, dry_run=True)
+    assert logged(tmp_path / "run") == [1, 2, 3]
 
 
 def test_a_preflight_needs_room_for_what_will_be_kept(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: usage(10**6, 0, 4000))
+    monkeypatch.setattr(journal.shutil, "disk_usage", lambda _: usage(10**6, 0, 4000))
     with pytest.raises(ValueError, match=r"GiB are free, but checkpoints of .* --keep_last"):
         rehearsed(tmp_path / "run", keep_last=5)
     assert not list((tmp_path / "run").glob("*.pth"))
@@ -633,18 +722,21 @@ def test_a_preflight_needs_room_for_what_will_be_kept(tmp_path, monkeypatch):
 
 def test_best_is_remembered(tmp_path):
     run, model = begin(tmp_path / "run", steps=2)
-    assert [run.is_best(loss) for loss in (3.0, 2.0, 2.5, float("nan"), 1.5)] == [
+    assert [run.progress.improve(loss) for loss in (3.0, 2.0, 2.5, float("nan"), 1.5)] == [
         *(True, True, False, False, True)
     ]
     train(run, model)
     run, _ = begin(tmp_path / "run", steps=2)
-    assert not run.is_best(1.6) and run.is_best(1.4)
+    assert not run.progress.improve(1.6) and run.progress.improve(1.4)
     run.close()
 
 
 def test_a_snapshot_that_copies_gives_way_to_one_that_does_not(tmp_path):
     run, _ = begin(tmp_path / "run")
-    found = [run.is_best(*args) for args in ((2.0, True), (3.0, False), (1.0, True), (2.9, False))]
+    found = [
+        run.progress.improve(*args)
+        for args in ((2.0, True), (3.0, False), (1.0, True), (2.9, False))
+    ]
     assert found == [True, True, False, True]
     run.close()
 
@@ -654,15 +746,10 @@ def test_patience_ends_a_run_and_the_same_command_goes_no_further(tmp_path):
     for _ in range(2):
         run, model = begin(tmp_path / "run", val_interval=2, patience=2, steps=20)
         losses = {2: 2.0, 4: 2.5, 6: 1.0, 8: 1.5, 10: 1.2, 12: 0.1}
-        for step in run.steps(batches(run)):
-            take(run, model, step)
-            if run.end_step(step):
-                run.is_best(losses[step])
-                run.end_validation(step)
-        run.close()
-        assert run.progress["step"] == 10 and run.progress["best"] == 1.0
+        train(run, model, validate=lambda step: run.progress.improve(losses[step]))
+        assert run.progress.step == 10 and run.progress.best == 1.0
         assert model.weight.item() == 10
     for never in 0, -1:
         run, model = begin(tmp_path / "run", val_interval=2, patience=never, steps=20)
-        assert next(run.steps(batches(run))) == 11
+        assert next(steps(run)) == 11
         run.close()

@@ -1,31 +1,24 @@
-"""What training is told of: realism, contours, samples that are copies, a VAE that goes wrong."""
+"""What the diffusion stages are told of: realism, contours that are followed, copied patients."""
 
-import argparse
-import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from images import pixel_networks, slices
+from torch import Tensor
 
-from fibldm import features, validation
+from fibldm import features, synthesis, validation
+from fibldm.batches import Plan, Progress
 from fibldm.checkpoint import load_model
 from fibldm.encoding import LatentDataset
 from fibldm.metrics import set_score
-from fibldm.optim import Precision
-from fibldm.phantom import phantom_slice
 from fibldm.scheduler import CosineScheduler
+from fibldm.synthesis import Synthesizer
+from fibldm.unet import UNet
 from fibldm.vae import VAE
-from fibldm.validation import (
-    Validation,
-    heldout_latents,
-    input_warnings,
-    latent_warnings,
-    moments,
-    read_privacy,
-    reconstruction_warnings,
-)
+from fibldm.validation import Validation, read_privacy
 
 pytestmark = pytest.mark.usefixtures("without_weights")
 CPU = torch.device("cpu")
@@ -35,30 +28,17 @@ SCHEDULER = CosineScheduler()
 class FakeRun:
     """Remembers what it was told."""
 
-    def __init__(self, folder) -> None:
-        self.folder, self.lines, self.values = folder, [], {}
-        self.progress = {"followed": 0, "worse": 0}
-        self.asked: list[tuple[float, bool]] = []
+    device, rehearsing = CPU, False
 
-    def say(self, text: str) -> None:
-        if "is left out" not in text:  # metrics without weights
-            self.lines.append(text)
-
-    def warn(self, warnings: list[str]) -> None:
-        self.lines += warnings
+    def __init__(self, folder: Path, **planned: int) -> None:
+        self.folder, self.values, self.progress = folder, {}, Progress()
+        self.plan = Plan(**{"steps": 10, "batch_size": 2000, **planned})
 
     def log(self, step: int, values: dict[str, float], prefix: str) -> None:
         self.values = values
 
-    def picture(self, *_: object) -> None:
-        pass
-
-    def keep_going(self, path: Path) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def is_best(self, loss: float, copies: bool) -> bool:
-        self.asked.append((loss, copies))
-        return not copies
+    def picture(self, step: int, write: Callable[[Path], None]) -> None:
+        write(self.folder / f"{step}.png")
 
 
 @pytest.fixture
@@ -67,181 +47,154 @@ def data(stages) -> LatentDataset:
 
 
 @pytest.fixture
-def run(tmp_path) -> FakeRun:
-    return FakeRun(tmp_path)
+def said(capsys) -> Callable[[], list[str]]:
+    """What was printed since the last call, but of metrics without weights."""
+    return lambda: [x for x in capsys.readouterr().out.splitlines() if "is left out" not in x]
 
 
 @pytest.fixture
-def validate(stages, data, run):
-    """Validation by these options: a function of them."""
+def validate(stages, data, tmp_path):
+    """Validation of a run by such a plan: a function of it."""
 
-    def make(**options: object) -> Validation:
-        values = {"val_samples": 8, "val_sampling_steps": 4, "steps": 10, "batch_size": 2000}
-        values |= {"patience": 0}
-        args = argparse.Namespace(**{**values, "max_copies": 0.02, **options})
+    def make(max_copies: float = 0.02, **planned: int) -> Validation:
         vae, _ = load_model(stages / "vae" / "vae_best.pth", VAE)
-        return Validation(data, vae, SCHEDULER, args, Precision("fp32", CPU), run)
+        unet, _ = load_model(stages / "unet" / "unet_best.pth", UNet)
+        model = Synthesizer(vae, unet, classes=data.classes, window=data.window)
+        return Validation(data, model, FakeRun(tmp_path, **planned), 8, 4, max_copies)
 
     return make
 
 
-def knows_x0(data: LatentDataset, rows: list[int], blind: bool = False):
-    """Denoisers that know each row's latent by its contour, or, blind, give row 0's to all."""
-    keys = {
-        data.contours[row].tobytes(): torch.from_numpy(data.latents[row].copy()) for row in rows
-    }
+@pytest.fixture
+def denoise(monkeypatch):
+    """Let all be denoised by an oracle, a function of contours and x; a function of it."""
 
-    def steer(contours, labels):
-        known = [keys[np.asarray(contour).tobytes()] for contour in contours]
-        x0 = torch.stack(
-            [torch.from_numpy(data.latents[rows[0]].copy())] * len(known) if blind else known
-        )
-        return lambda x, t: SCHEDULER.v_from_x0(x, x0, t)
+    def use(oracle: Callable[[Tensor, Tensor], Tensor]) -> None:
+        asked = []
 
-    return steer
+        def make_denoiser(unet, controlnet=None, contour=None, label=None):
+            if contour is not None:
+                asked.append(contour)  # guidance has no other way to go than these
+            contour = asked[-1]
+            return lambda x, t: SCHEDULER.v_from_x0(x, oracle(contour, x), t)
+
+        for module in validation, synthesis:
+            monkeypatch.setattr(module, "make_denoiser", make_denoiser)
+
+    return use
 
 
-def test_the_gap_tells_a_model_that_looks_at_contours_from_one_that_does_not(data, validate):
-    validation = validate()
-    rows = validation.rows
+def knows_x0(data: LatentDataset, rows: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """An oracle that knows each row's latent by its contour."""
+    known = {data.contours[row].tobytes(): torch.from_numpy(data.latents[row]) for row in rows}
+    return lambda contours, x: torch.stack([known[np.asarray(c).tobytes()] for c in contours])
+
+
+def gives(latent: np.ndarray) -> Callable[[Tensor, Tensor], Tensor]:
+    """An oracle that gives one latent to all contours."""
+    return lambda contours, x: torch.from_numpy(latent).expand_as(x)
+
+
+def test_the_gap_tells_a_model_that_looks_at_contours_from_one_that_does_not(
+    data, validate, denoise
+):
+    measured = validate()
+    rows = measured.rows
     assert len({data.contours[row].tobytes() for row in rows}) == len(rows) > 3
     images = data.table["image"]
-    assert all(images[row] != images[other] for row, other in validation.other.items())
-    blind = validation.loss(knows_x0(data, rows, blind=True))
+    pairs = zip(rows, measured.others, strict=True)
+    assert all(images[row] != images[other] for row, other in pairs)
+    denoise(gives(data.latents[rows[0]]))
+    blind = measured.loss(measured.own)
     assert blind["contour_gap"] == 0 and blind["loss"] > 0.01
-    exact = validation.loss(knows_x0(data, rows))
+    denoise(knows_x0(data, rows))
+    exact = measured.loss(measured.own)
     assert exact["loss"] < 1e-6 and exact["contour_gap"] > 1e3
 
 
+def test_samples_are_those_of_the_synthesizer_with_guidance(data, validate):
+    """Sample i of validation is sample i of the library, for the same contours and seed."""
+    measured, pictures = validate(), []
+    measured.realism.add = lambda images, real: pictures.append(images[:, 0].numpy())
+    measured.samples(measured.own, 3)
+    labels = [data.table["label"][row] for row in measured.rows]
+    expected = list(measured.synthesizer.sample(data.contours[measured.rows], labels, steps=4))
+    assert len(expected) == len(measured.rows) == len(pictures[0])
+    for found, sample in zip(pictures[0], expected, strict=True):
+        np.testing.assert_allclose(found, sample.image, atol=1e-4)
+
+
 def test_samples_of_held_out_patients_are_no_copies_and_those_of_training_slices_are(
-    data, validate, run
+    data, validate, said, denoise
 ):
-    validation = validate()
-    best = validation.measure(knows_x0(data, validation.rows), run, 5)
-    assert best and run.values["copies"] == 0
+    measured = validate()
+    run = measured.run
+    denoise(knows_x0(data, measured.rows))
+    assert measured.measure(5)
+    assert run.values["copies"] == 0 and not run.progress.copies
     assert run.values["distance_to_training"] == pytest.approx(1, abs=0.5)
-    assert not any("memorizes" in line for line in run.lines)
+    assert not any("memorizes" in line for line in said())
+    assert (run.folder / "5.png").is_file()
 
-    train = data.indices("train", views=False)
-    copied = torch.from_numpy(data.latents[train[0]].copy())
-
-    def copy(contours, labels):
-        return lambda x, t: SCHEDULER.v_from_x0(x, copied.expand_as(x), t)
-
-    assert not validation.measure(copy, run, 6)
+    denoise(gives(data.latents[data.indices("train")[0]]))
+    assert not measured.measure(6)
     assert run.values["copies"] == 1 and run.values["distance_to_training"] < 0.05
-    assert "100% of the samples" in run.lines[-1] and "memorizes" in run.lines[-1]
-    assert [copies for _, copies in run.asked] == [False, True]
+    (warning,) = [line for line in said() if "memorizes" in line]
+    assert "100% of the samples" in warning
+    assert run.progress.worse == 1 and not run.progress.copies
 
 
-def test_max_copies_is_what_the_user_says(data, validate, run):
-    copied = torch.from_numpy(data.latents[data.indices("train")[0]].copy())
-
-    def copy(contours, labels):
-        return lambda x, t: SCHEDULER.v_from_x0(x, copied.expand_as(x), t)
-
-    assert validate(max_copies=1.0).measure(copy, run, 1)
+def test_max_copies_is_what_the_user_says(data, validate, denoise):
+    denoise(gives(data.latents[data.indices("train")[0]]))
+    assert validate(max_copies=1.0).measure(1)
 
 
-def test_the_step_at_which_contours_are_followed_is_said_once(data, validate, run, monkeypatch):
-    validation = validate()
+def test_a_rehearsal_measures_a_few_and_says_and_remembers_nothing(data, validate, said, denoise):
+    measured = validate()
+    measured.run.rehearsing = True
+    said()
+    denoise(gives(data.latents[data.indices("train")[0]]))
+    assert measured.measure(1)
+    assert said() == [] and measured.run.values == {}
+    assert measured.run.progress == Progress()
+
+
+def test_the_step_at_which_contours_are_followed_is_said_once(
+    data, validate, said, denoise, monkeypatch
+):
+    measured = validate()
+    denoise(knows_x0(data, measured.rows))
     found = iter([0.5, 0.97, 0.98])
-    monkeypatch.setattr(
-        "fibldm.validation.dice", lambda images, *_: np.full(len(images), next(found))
-    )
-    validation.real_dice = 1.0
+    monkeypatch.setattr(validation, "dice", lambda images, *_: np.full(len(images), next(found)))
+    measured.real_dice = 1.0
     for step in 1, 2, 3:
-        validation.measure(knows_x0(data, validation.rows), run, step)
-    said = [line for line in run.lines if "follow their contours" in line]
-    assert len(said) == 1 and "at step 2: Dice 0.970, 1.000" in said[0]
-    assert run.progress["followed"] == 2
+        measured.measure(step)
+    lines = [line for line in said() if "follow their contours" in line]
+    assert len(lines) == 1 and "at step 2: Dice 0.970, 1.000" in lines[0]
+    assert measured.run.progress.followed == 2
 
 
-def test_control_that_was_not_learnt_is_warned_of_at_the_end(data, validate, run, monkeypatch):
-    validation = validate()
-    monkeypatch.setattr("fibldm.validation.dice", lambda images, *_: np.full(len(images), 0.5))
-    validation.real_dice = 1.0
-    validation.measure(knows_x0(data, validation.rows), run, 9)
-    assert not run.lines
-    validation.measure(knows_x0(data, validation.rows), run, 10)
-    assert "after 10 steps the samples do not follow their contours: Dice 0.500" in run.lines[0]
-    run.progress["worse"], validation.args.patience = 3, 3
-    validation.measure(knows_x0(data, validation.rows), run, 7)
-    assert "after 7 steps" in run.lines[1]
+def test_control_that_was_not_learnt_is_warned_of_at_the_end(
+    data, validate, said, denoise, monkeypatch
+):
+    measured = validate(patience=3)
+    denoise(knows_x0(data, measured.rows))
+    monkeypatch.setattr(validation, "dice", lambda images, *_: np.full(len(images), 0.5))
+    measured.real_dice = 1.0
+    measured.measure(9)
+    assert not said()
+    measured.measure(10)
+    assert "after 10 steps the samples do not follow their contours: Dice 0.500" in said()[0]
+    measured.run.progress.best, measured.run.progress.worse = 0.0, 2
+    measured.measure(7)
+    assert "after 7 steps" in said()[0]
 
 
-def test_too_few_slices_are_warned_of_before_the_start(validate, run):
+def test_too_few_slices_are_warned_of_before_the_start(validate, said):
     validate()
-    assert run.lines == []
+    assert said() == []
     validate(batch_size=10)
-    assert "--steps 10 of --batch_size 10 are 100 slices" in run.lines[0]
-
-
-# Each failure of a VAE's training is named with its remedy, and a healthy one is not.
-
-
-def test_a_collapsed_channel_is_named():
-    std, noise = torch.tensor([1.0, 0.01, 2.0]), torch.tensor([0.1, 1.0, 0.5])
-    (warning,) = latent_warnings(std, noise)
-    assert "[1]" in warning and "collapsed" in warning and "--kl_weight" in warning
-    (warning,) = latent_warnings(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.1]))
-    assert "[0]" in warning
-
-
-def test_an_exploding_latent_scale_is_named():
-    (warning,) = latent_warnings(torch.tensor([1.0, 500.0]), torch.tensor([0.1, 0.1]))
-    assert "500" in warning and "explodes" in warning and "--lr" in warning
-
-
-def test_nan_is_named_as_divergence_alone():
-    nan = float("nan")
-    (warning,) = latent_warnings(torch.tensor([nan, 1.0]), torch.tensor([0.1, 0.1]))
-    assert "diverged" in warning and "--lr" in warning
-    (warning,) = reconstruction_warnings(nan, 1.0)
-    assert "diverged" in warning
-
-
-def test_a_healthy_latent_is_not_named():
-    assert latent_warnings(torch.tensor([0.3, 1.0, 4.0]), torch.tensor([0.1, 0.2, 1.0])) == []
-
-
-@pytest.mark.parametrize(("brightness", "word"), [(-0.1, "darker"), (0.1, "brighter")])
-def test_another_brightness_is_named(brightness, word):
-    (warning,) = reconstruction_warnings(brightness, 1.0)
-    assert word in warning and "5.0%" in warning
-
-
-def test_flat_reconstructions_are_named():
-    (warning,) = reconstruction_warnings(0.0, 0.5)
-    assert "flatter" in warning and "0.50" in warning and "--kl_weight" in warning
-    assert reconstruction_warnings(0.005, 0.97) == []
-
-
-def test_inputs_that_are_not_hu_are_named():
-    slices = {f"{i}.png": phantom_slice(i, 0.5, 128)[0] for i in range(4)}
-    assert input_warnings(slices) == []
-    slices["2.png"] = (slices["2.png"] + 1000) / 3000  # normalized: no HU
-    (warning,) = input_warnings(slices)
-    assert "1 of 4" in warning and "2.png" in warning and "check_data.py" in warning
-    assert "rescale_slope" not in warning  # one slice is bad, not the scale of all
-    (warning,) = input_warnings({name: (hu + 1000) / 3000 for name, hu in slices.items()})
-    assert "4 of 4" in warning and "rescale_slope" in warning
-
-
-def test_moments_are_those_of_numpy():
-    values = np.random.default_rng(0).normal(3, 2, (5, 1000))
-    sums = torch.from_numpy(np.stack([values.sum(1), (values**2).sum(1)]))
-    mean, std = moments(sums, 1000)
-    np.testing.assert_allclose(mean, values.mean(1), rtol=1e-5)
-    np.testing.assert_allclose(std, values.std(1), rtol=1e-5)
-
-
-def test_heldout_latents_reports_the_worst_channel():
-    train = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])
-    assert heldout_latents(train, train) == {"latent_mean": 0.0, "latent_variance": 1.0}
-    found = heldout_latents(train, (torch.tensor([0.1, 0.0]), torch.tensor([1.1, 1.0])))
-    assert found["latent_mean"] == pytest.approx(-0.5)
-    assert found["latent_variance"] == pytest.approx(0.25)
+    assert "--steps 10 of --batch_size 10 are 100 slices" in said()[0]
 
 
 # Realism, with a stand-in for Inception, so that it is tested without weights too.

@@ -315,16 +315,17 @@ import train_vae
 from fibldm import distributed
 from fibldm.run import Run
 from fibldm.cli import run_script
-average, suspect = Run.average, Run.suspect
+average, note_unreadable = Run.average, Run.note_unreadable
 seen = []
 def average_of_one(self, **values):
     seen.append(values)
     if distributed.rank() == 1 and len(seen) == 3:
         values["loss"] = torch.tensor(float("inf"))  # its gradient is as it should be
     average(self, **values)
-def suspect_of_one(self, rows):
-    suspect(self, torch.tensor([{row}]) if distributed.rank() == 1 and len(seen) == 4 else rows)
-Run.average, Run.suspect = average_of_one, suspect_of_one
+def note_of_one(self, rows):
+    bad = distributed.rank() == 1 and len(seen) == 4
+    note_unreadable(self, torch.tensor([{row}]) if bad else rows)
+Run.average, Run.note_unreadable = average_of_one, note_of_one
 run_script(train_vae.main, train_vae.parse_args)
 """
 

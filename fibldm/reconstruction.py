@@ -1,0 +1,229 @@
+"""What the VAE's training measures on held-out patients, and what it warns of."""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fibldm import distributed
+from fibldm.anatomy import hu_problem
+from fibldm.batches import item_uniform
+from fibldm.datasets import CTDataset, chunks, load_batches, spread
+from fibldm.distributed import say, warn
+from fibldm.features import PerceptualDistance, load_lpips, missing_weights, reconstruction_metrics
+from fibldm.panels import write_reconstructions
+from fibldm.run import Run
+from fibldm.vae import VAE, clipped, reconstruct
+
+SEED = 0  # of validation's random numbers: the same in all runs, so that they can be compared
+BATCH, PANEL = 16, 8  # slices at a time, in the picture
+LOOKED_AT = 16  # slices at most, evenly spaced, whose values are looked at before the start
+MEASURED = 4096  # slices at most, evenly spaced, for the mean and variance of the latents
+DROWNED = 0.1  # share of signal in a latent channel's variance, below which it carries nothing
+EXPLODED = 30.0  # standard deviation of a latent channel; at the start of training it is about 1
+ANEW = ", in another --save_dir"  # a run keeps its options
+BIAS = 0.02  # of the mean in [-1, 1]: 14 HU at the default window
+FLAT = 0.9  # standard deviation of reconstructions over that of slices
+
+SliceLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # mean, decoded, slices, offsets
+
+
+class VAEValidation:
+    """Held-out slices, encoded and decoded: the loss, other metrics, and how latents are spread.
+
+    `loss` takes the mean, a drawn slice and the slice itself (N, 1, H, W), and offsets (N, 2) in
+    [0, 1) -> (N,). The ranks share the slices.
+    """
+
+    def __init__(
+        self, data: CTDataset, loss: SliceLoss, lpips: nn.Module | None, run: Run, workers: int
+    ) -> None:
+        self.data, self.loss, self.lpips, self.run, self.workers = data, loss, lpips, run, workers
+
+    def measure(self, vae: VAE, step: int) -> VAE | None:
+        """Log and draw; a copy of the VAE with standard latents where it is the best so far."""
+        run, held, trained_on = self.run, self.data.indices("val"), self.data.indices("train")
+        if run.rehearsing:
+            held = trained_on = held[: BATCH * distributed.world_size()]
+        values, heldout, noise_std = self.reconstruct(vae, held)
+        run.picture(step, partial(self.draw, vae, held[:PANEL]))
+        best = run.progress.improve(values["loss"])
+        if run.rehearsing:
+            self.latent_moments(vae, trained_on)
+            return vae
+        warn(*latent_warnings(heldout[1], noise_std))
+        warn(*reconstruction_warnings(values["brightness"], values["contrast"]))
+        snapshot = None
+        if best:
+            snapshot = copy.deepcopy(vae)
+            trained = self.latent_moments(snapshot, trained_on)
+            values |= heldout_latents(trained, heldout)
+        run.log(step, values, "val")
+        if snapshot is not None:
+            snapshot.calibrate(*trained)
+        return snapshot
+
+    @torch.no_grad()
+    def reconstruct(
+        self, vae: VAE, rows: list[int]
+    ) -> tuple[dict[str, float], tuple[Tensor, Tensor], Tensor]:
+        """Mean metrics; mean and standard deviation (C,) of the latents; and their noise's."""
+        own = [rows[i] for i in distributed.share(len(rows))]
+        totals: dict[str, float] = {}
+        sums = self._sums(3, vae)
+        batches = chunks(own, BATCH)
+        for batch_rows, batch in zip(batches, load_batches(self.data, batches, 0), strict=True):
+            distributed.alive()
+            self.run.note_unreadable(batch["unreadable"])
+            x = batch["image"].to(self.run.device)
+            posterior = vae.encode(x)
+            offsets = item_uniform(SEED, "val", 0, batch_rows, 2)  # each slice's own, always same
+            for name, value in self._metrics(vae, posterior.mean, x, offsets).items():
+                totals[name] = totals.get(name, 0.0) + float(value.sum())
+            mean, noise = posterior.mean.double(), posterior.logvar.double().exp()
+            sums += torch.stack([mean, mean.square(), noise]).sum(dim=(1, 3, 4))
+        everywhere = distributed.gather(totals)
+        names = dict.fromkeys(name for found in everywhere for name in found)
+        values = {n: sum(found.get(n, 0.0) for found in everywhere) / len(rows) for n in names}
+        count = len(rows) * vae.config["latent_size"] ** 2
+        sums = distributed.sum_over_ranks(sums)
+        return values, moments(sums[:2], count), (sums[2] / count).sqrt().float()
+
+    def _metrics(self, vae: VAE, z: Tensor, x: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics (N,) of slices that are decoded, and the PSNR of their means."""
+        slices = vae.likelihood(z)
+        drawn = clipped(slices.sample(vae.grain))
+        loss = self.loss(slices.mean, drawn, x, offsets)
+        metrics = {"loss": loss, **reconstruction_metrics(drawn, x, self.lpips)}
+        return metrics | {"mean_psnr": reconstruction_metrics(clipped(slices.mean), x)["psnr"]}
+
+    @torch.no_grad()
+    def latent_moments(self, vae: VAE, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,) of each latent channel, over at most MEASURED rows."""
+        picked = spread(rows, MEASURED)
+        own = [picked[i] for i in distributed.share(len(picked))]
+        sums = self._sums(2, vae)
+        for batch in load_batches(self.data, chunks(own, BATCH), self.workers):
+            distributed.alive()
+            self.run.note_unreadable(batch["unreadable"])
+            mean = vae.encode(batch["image"].to(self.run.device)).mean.double()
+            sums += torch.stack([mean, mean.square()]).sum(dim=(1, 3, 4))
+        count = len(picked) * vae.config["latent_size"] ** 2
+        return moments(distributed.sum_over_ranks(sums), count)
+
+    def _sums(self, count: int, vae: VAE) -> Tensor:
+        """Zeros, for so many sums of each latent channel."""
+        shape = count, vae.config["latent_dim"]
+        return torch.zeros(shape, dtype=torch.float64, device=self.run.device)
+
+    @torch.no_grad()
+    def draw(self, vae: VAE, rows: list[int], path: Path) -> None:
+        """The panel of slices and their reconstructions, as a PNG."""
+        x = torch.stack([self.data[row]["image"] for row in rows])
+        decoded = reconstruct(vae, x.to(self.run.device)).cpu()
+        write_reconstructions(path, x[:, 0].numpy(), decoded[:, 0].numpy())
+
+
+def choose_perceptual(name: str, device: torch.device) -> tuple[str, PerceptualDistance | None]:
+    """What "auto" means here, and so in args.json; and LPIPS, where all ranks have its weights.
+
+    ValueError where LPIPS is asked for and cannot be had.
+    """
+    missing = [
+        text for found in distributed.gather(missing_weights(["lpips"])) for text in found.values()
+    ]
+    if name == "lpips" and missing:
+        raise ValueError(f"--perceptual lpips: {missing[0]}")
+    if name == "auto" and missing:
+        say(f"--perceptual auto is the structural loss. {missing[0]}")
+    auto = "structural" if missing else "lpips"
+    return auto if name == "auto" else name, None if missing else load_lpips(device)
+
+
+def input_warnings(data: CTDataset) -> list[str]:
+    """Slices to train on whose values are not chest CT's: their scale is not as declared."""
+    rows = spread(data.indices("train"), LOOKED_AT)
+    slices = {data.rows[row].image: data.read_or_replace(row)[0] for row in rows}
+    found = {name: problem for name, hu in slices.items() if (problem := hu_problem(hu))}
+    if not found:
+        return []
+    name, problem = next(iter(found.items()))
+    most = len(found) > len(slices) / 2
+    remedy = "correct rescale_slope and rescale_intercept in dataset.json, or --window; " * most
+    return [
+        f"{len(found)} of {len(slices)} slices looked at do not have the HU of chest CT, "
+        f"{name}: {problem}; {remedy}scripts/check_data.py names all of them"
+    ]
+
+
+def latent_warnings(std: Tensor, noise_std: Tensor) -> list[str]:
+    """Channels that carry nothing, and latents that grow out of all bounds.
+
+    std, noise_std: (C,), standard deviation of the posterior's mean over slices, and the
+    posterior's own.
+    """
+    if not (std.isfinite().all() and noise_std.isfinite().all()):
+        return [f"latents are NaN or infinite: the training has diverged; lower --lr{ANEW}"]
+    signal = std.square() / (std.square() + noise_std.square()).clamp(min=1e-12)
+    warnings = []
+    if dead := [i for i, share in enumerate(signal.tolist()) if share < DROWNED]:
+        warnings.append(
+            f"latent channels {dead} have collapsed: less than {DROWNED:.0%} of what the decoder "
+            f"gets in them is signal; lower --kl_weight, or take a smaller --latent_dim{ANEW}"
+        )
+    if (largest := float(std.max())) > EXPLODED:
+        warnings.append(
+            f"the latent scale explodes: standard deviation {largest:.3g} in a channel, expected "
+            f"about 1; raise --kl_weight, or lower --lr{ANEW}"
+        )
+    return warnings
+
+
+def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
+    """Reconstructions of another mean or spread than their slices.
+
+    brightness: mean difference of reconstruction and slice, in [-1, 1]; contrast: ratio of their
+    standard deviations.
+    """
+    if not (math.isfinite(brightness) and math.isfinite(contrast)):
+        return [f"reconstructions are NaN or infinite: the training has diverged; lower --lr{ANEW}"]
+    warnings = []
+    if abs(brightness) > BIAS:
+        warnings.append(
+            f"reconstructions are {'darker' if brightness < 0 else 'brighter'} than their slices "
+            f"by {abs(brightness) / 2:.1%} of the window, expected at most {BIAS / 2:.1%}; train "
+            f"longer, or lower --perceptual_weight{ANEW}"
+        )
+    if contrast < FLAT:
+        warnings.append(
+            f"reconstructions are flatter than their slices: {contrast:.2f} times their standard "
+            f"deviation, expected {FLAT:g} and more; train longer, or lower --kl_weight{ANEW}"
+        )
+    return warnings
+
+
+def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) from the sums of values and of squares (2, C), float64."""
+    mean, square = sums / count
+    return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
+
+
+def heldout_latents(
+    train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Worst channel of held-out latents that are made standard by the moments of training slices.
+
+    train, heldout: mean and standard deviation (C,). `latent_mean`, expected 0, and
+    `latent_variance`, expected 1: those that are furthest from it.
+    """
+    spread = train[1].clamp(min=1e-6)
+    mean = (heldout[0] - train[0]) / spread
+    variance = (heldout[1] / spread).square()
+    return {
+        "latent_mean": float(mean[mean.abs().argmax()]),
+        "latent_variance": float(variance[(variance - 1).abs().argmax()]),
+    }
