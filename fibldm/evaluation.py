@@ -131,9 +131,9 @@ def evaluate(
     sample.py wrote, or images; split: "train", "val", "test" or "all" of the real slices; train:
     the data set that the models were trained on, without which copies are not looked for; model: a
     Synthesizer, whose VAE also looks for copies in latents; window: HU, the model's or -1000 to 400
-    by default; patient_split: of patients whom label.csv gives no split; draws: bootstrap resamples
-    of each interval; seed: of resamples and halves; workers: processes that read slices, 0: this
-    one; device: of the metrics' networks; scratch: a folder on a disk with room, for about 270 KB a
+    by default; patient_split: of patients whom label.csv gives no split, the model's by default;
+    draws: bootstrap resamples of each interval; seed: of resamples and halves; workers: processes
+    that read slices, 0: this one; device: of the metrics' networks; scratch: a folder on a disk with room, for about 270 KB a
     slice of 256x256; say: is told each note before the long part.
 
     Raises ValueError, before anything is computed, for input that can't be compared.
@@ -144,7 +144,8 @@ def evaluate(
         raise ValueError(f"window {window}: expected {model.window}, that of the model")
     window = window or (ct.DEFAULT_WINDOW if model is None else model.window)
     size = None if model is None else model.image_size
-    data = Path(real), Path(samples), split, train, window, patient_split or Split()
+    patient_split = patient_split or (model and model.split) or Split()
+    data = Path(real), Path(samples), split, train, window, patient_split
     inputs = read_inputs(*data, size)
     networks = Networks(torch.device(device))
     for note in [*inputs.notes, *left_out(networks)] if say else ():

@@ -23,6 +23,7 @@ from fibldm.optim import Precision
 from fibldm.privacy import LATENTS, PIXELS, Privacy
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import CosineScheduler
+from fibldm.tables import Split
 from fibldm.unet import UNet
 from fibldm.vae import LATENT_SCALE, VAE, clipped
 
@@ -105,7 +106,8 @@ class Synthesizer:
 
     classes: the names of the U-Net's labels; window: HU of -1 and 1; contour_style: "filled" or
     "outline", to which contours are converted, None: they stay as they are; pixel_spacing: mm of
-    the training slices; lineage: hashes of the models' files, of which samples are named.
+    the training slices; lineage: hashes of the models' files, which name samples; split: how the
+    VAE's training divided patients.
     """
 
     def __init__(
@@ -120,11 +122,12 @@ class Synthesizer:
         pixel_spacing: float | None = None,
         precision: Precision | None = None,
         lineage: Sequence[str] = (),
+        split: Split | None = None,
     ) -> None:
         self.vae, self.unet, self.controlnet = vae, unet, controlnet
         self.device = vae.latent_shift.device
         self.classes, self.window, self.lineage = list(classes), window, list(lineage)
-        self.contour_style, self.pixel_spacing = contour_style, pixel_spacing
+        self.contour_style, self.pixel_spacing, self.split = contour_style, pixel_spacing, split
         self.precision = precision or Precision("fp32", self.device)
         self.scheduler = CosineScheduler(device=self.device)
 
@@ -151,7 +154,8 @@ class Synthesizer:
             raise ValueError(f"{controlnet}: a ControlNet steers a U-Net: give its unet_best.pth")
         device = torch.device(device)
         vae_model, content = load_model(vae, VAE)
-        facts, lineage = {"window": tuple(content["window"])}, [source_hash(vae)]
+        facts = {"window": tuple(content["window"]), "split": Split(**content["split"])}
+        lineage = [source_hash(vae)]
         unet_model = controlnet_model = None
         if unet is not None:
             unet_model, content = load_model(unet, UNet)

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "conditions": {"ct", "encoding", "tables", "unet"},
     "synthesis": {
         *("batches", "checkpoint", "conditions", "controlnet", "ct", "export", "optim", "privacy"),
-        *("samplers", "scheduler", "unet", "vae"),
+        *("samplers", "scheduler", "tables", "unet", "vae"),
     },
     "samples": {
         *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),

@@ -261,14 +261,22 @@ def test_the_script_has_its_defaults_from_here():
     assert Sampling(**{**found, "guidance_interval": tuple(args.guidance_interval)}) == Sampling()
 
 
-def test_docs_python_runs_as_it_stands(stages, tmp_path, monkeypatch, capsys):
+def test_docs_python_runs_as_it_stands(
+    stages, phantoms, without_weights, tmp_path, monkeypatch, capsys
+):
     """The blocks of docs/python.md, one after the other, on models of the tests."""
+    options = ["--latent_data_dir", str(stages / "latents")]
+    script.main(script.parse_args(sample_options(stages, tmp_path / "samples", *options)))
     for name in ("vae", "latents", "unet", "controlnet"):
         (tmp_path / "quickstart").mkdir(exist_ok=True)
         (tmp_path / "quickstart" / name).symlink_to(stages / name)
+    (tmp_path / "quickstart" / "data").symlink_to(phantoms)
+    (tmp_path / "quickstart" / "samples").symlink_to(tmp_path / "samples")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
     assert len(blocks) > 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
+    assert {f"{i}.dcm" for i in range(4)} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "report" / "index.html").is_file()
