@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -268,6 +269,28 @@ def read_manifest(path: Path, classes: Sequence[str]) -> pd.DataFrame:
 LINEAGE = ("vae", "latents", "contours", "label_csv")  # what latents come from, and they
 
 
+def read_facts(meta: Any) -> tuple[ct.Window, float | None, str | None]:
+    """Window, mm of a pixel and contour style of a meta.json, the latter two None where unknown.
+
+    ValueError, KeyError or TypeError where it says something else.
+    """
+    if not isinstance(meta, dict):
+        raise ValueError("meta.json: expected an object")
+    scale = meta.get("latent_scale")
+    require_equal("meta.json: its latent scale", scale, LATENT_SCALE, "encode again")
+    low, high = (float(end) for end in meta["window"])
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"meta.json: window {low:g} to {high:g}, expected two HU, LOW first")
+    spacing, style = meta.get("pixel_spacing"), meta.get("contour_style")
+    if spacing is not None and not 0 < float(spacing) < np.inf:
+        raise ValueError(f"meta.json: pixel_spacing {spacing}, expected mm above 0")
+    if style not in (None, *ct.STYLES):
+        raise ValueError(f"meta.json: contour_style {style!r}, expected {ct.STYLES}")
+    if not all(isinstance(name, str) for name in meta["classes"]):
+        raise ValueError(f"meta.json: classes {meta['classes']!r}, expected names")
+    return (low, high), spacing, style
+
+
 class LatentDataset:
     """A folder of latents, read row by row: see `write_latents` for what it holds.
 
@@ -285,7 +308,7 @@ class LatentDataset:
             )
         try:
             self.meta = limits.read_json(self.folder / "meta.json")
-            self._read_facts()
+            self.window, self.pixel_spacing, self.contour_style = read_facts(self.meta)
             self.table = read_manifest(self.folder / "manifest.csv", self.meta["classes"])
             self.latents, stored, self._heldout = (
                 StoredRows(self.folder / f"{name}.npy")
@@ -309,29 +332,11 @@ class LatentDataset:
             require_equal(what, len(array), expected, "copy it again, or encode again")
         self._heldout_position = {row: i for i, row in enumerate(held)}
 
+        self.classes: list[str] = []
+        self.labels = np.empty(0, int)
         self.use_classes(self.meta["classes"])
         self.latent_dim, self.latent_size = self.latents.shape[1:3]
         self.contour_channels, self.image_size = self.contours.shape[1:3]
-
-    def _read_facts(self) -> None:
-        """What meta.json says; ValueError, KeyError or TypeError where it says something else."""
-        if not isinstance(self.meta, dict):
-            raise ValueError("meta.json: expected an object")
-        scale = self.meta.get("latent_scale")
-        require_equal("meta.json: its latent scale", scale, LATENT_SCALE, "encode again")
-        low, high = (float(end) for end in self.meta["window"])
-        if not -np.inf < low < high < np.inf:
-            raise ValueError(f"meta.json: window {low:g} to {high:g}, expected two HU, LOW first")
-        self.window: ct.Window = low, high
-        spacing, style = self.meta.get("pixel_spacing"), self.meta.get("contour_style")
-        if spacing is not None and not 0 < float(spacing) < np.inf:
-            raise ValueError(f"meta.json: pixel_spacing {spacing}, expected mm above 0")
-        if style not in (None, *ct.STYLES):
-            raise ValueError(f"meta.json: contour_style {style!r}, expected {ct.STYLES}")
-        self.pixel_spacing: float | None = spacing  # mm, None: unknown
-        self.contour_style: str | None = style
-        if not all(isinstance(name, str) for name in self.meta["classes"]):
-            raise ValueError(f"meta.json: classes {self.meta['classes']!r}, expected names")
 
     def __len__(self) -> int:
         return len(self.table)

@@ -133,8 +133,8 @@ def evaluate(
     Synthesizer, whose VAE also looks for copies in latents; window: HU, the model's or -1000 to 400
     by default; patient_split: of patients whom label.csv gives no split, the model's by default;
     draws: bootstrap resamples of each interval; seed: of resamples and halves; workers: processes
-    that read slices, 0: this one; device: of the metrics' networks; scratch: a folder on a disk with room, for about 270 KB a
-    slice of 256x256; say: is told each note before the long part.
+    that read slices, 0: this one; device: of the metrics' networks; scratch: a folder on a disk
+    with room, for about 270 KB a slice of 256x256; say: is told each note before the long part.
 
     Raises ValueError, before anything is computed, for input that can't be compared.
     """

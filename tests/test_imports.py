@@ -11,6 +11,24 @@ STAGES = {path.stem: path for path in ROOT.glob("*.py")}
 TOOLS = {f"scripts/{path.stem}": path for path in (ROOT / "scripts").glob("*.py")}
 ALL = {**PACKAGE, **STAGES, **TOOLS}
 
+# The wings of the house, by what they know.
+MODELS = {"layers", "vae", "unet", "controlnet", "scheduler", "samplers", "losses", "optim"}
+DATA = {
+    *("ct", "lungs", "phantom", "dicom", "volumes", "export", "series", "slices", "preparation"),
+    *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
+    *("limits", "disk"),
+}
+TRAINING = {
+    *("cli", "config", "batches", "run", "journal", "distributed", "checkpoint", "validation"),
+    "reconstruction",
+}
+JUDGEMENT = {
+    *("features", "weights", "metrics", "disease", "privacy", "samples", "measurement"),
+    *("evaluation", "report"),
+}
+SYNTHESIS = {"conditions", "synthesis"}
+BUFFERS = {"latent_shift", "latent_gain", "usage"}  # of PyTorch and of argparse
+
 # What a module of the package may import from it, at most; a module not named here is free.
 MAY_IMPORT = {
     "layers": set(),
@@ -108,6 +126,17 @@ def calls(path: Path) -> list[ast.Call]:
     return [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
 
 
+def attributes_set(function: ast.FunctionDef) -> set[str]:
+    """Attributes of self that a method assigns."""
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and ast.unparse(node.value) == "self"
+    }
+
+
 def name_of(call: ast.Call) -> str:
     return ast.unparse(call.func)
 
@@ -129,6 +158,45 @@ def test_this_test_sees_the_files():
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_import_table(name):
     assert modules_of_the_package(PACKAGE[name]) - MAY_IMPORT[name] == set()
+
+
+def test_each_module_is_in_one_wing():
+    wings = [*MODELS, *DATA, *TRAINING, *JUDGEMENT, *SYNTHESIS]
+    assert sorted(wings) == sorted(PACKAGE)
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_wings_know_what_they_may(name):
+    used = modules_of_the_package(PACKAGE[name])
+    if name in MODELS:
+        assert used <= MODELS
+    if name in DATA:
+        assert not used & (JUDGEMENT | SYNTHESIS | {"run", "journal", "validation"})
+        assert name == "encoding" or not used & MODELS
+    if name in JUDGEMENT:
+        assert not used & TRAINING
+
+
+@pytest.mark.parametrize("name", PACKAGE.keys() - {"cli", "config"})
+def test_functions_of_the_package_take_values(name):
+    taken = [n for n in ast.walk(tree(PACKAGE[name])) if isinstance(n, ast.arg) and n.annotation]
+    assert [n.lineno for n in taken if "Namespace" in ast.unparse(n.annotation)] == []
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_attributes_are_born_in_init(name):
+    """Of a class that has an __init__, but for the buffers of networks."""
+    for kind in (n for n in ast.walk(tree(PACKAGE[name])) if isinstance(n, ast.ClassDef)):
+        fields = {n.target.id for n in kind.body if isinstance(n, ast.AnnAssign)}
+        functions = {n.name: attributes_set(n) for n in kind.body if isinstance(n, ast.FunctionDef)}
+        if "__init__" in functions:
+            born = fields | functions.pop("__init__")
+            assert set().union(*functions.values()) - born <= BUFFERS, kind.name
+
+
+@pytest.mark.parametrize("name", {**STAGES, **TOOLS})
+def test_a_script_is_read_at_one_sitting(name):
+    assert len(ALL[name].read_text("utf-8").splitlines()) <= 200
 
 
 def test_no_circle_of_imports():
