@@ -151,8 +151,8 @@ def _naming(path: Path) -> Iterator[None]:
 def _decode_picture(path: Path, kind: str | None) -> Volume:
     if kind == "png":
         with open(path, "rb") as file:
-            depth, colour = file.read(26)[24:26]
-        if depth == 16 and colour != 0:  # Pillow reads it as if it had 8 bits
+            start = file.read(26)
+        if start[24:25] == b"\x10" and start[25:26] != b"\0":  # Pillow reads it as if it had 8 bits
             raise ValueError("16 bits in several channels, expected one channel of grey levels")
     with limits.Bounded(path) as file, Image.open(file, formats=PICTURES) as image:
         limits.require_values(path, image.size, limits.SLICE)

@@ -189,6 +189,7 @@ def test_unusable_files_are_named(data):
         "warning not square": rows[3]["image"],
     }.items():
         assert any(word in line for line in found[key]), key
+    assert "cannot identify image file" in found["error image unreadable"][0]
     contours = [line for key in found if "contour" in key for line in found[key]]
     assert not any(rows[2]["image"] in line for line in contours)  # one problem, said once
 
