@@ -215,14 +215,15 @@ def latents(folder: Path) -> list[bytes]:
     """A latent data set in the folder, and its files as inputs."""
     place = folder / "latents"
     place.mkdir(exist_ok=True)
-    shapes = {"latents": (6, 2, 4, 4), "contours": (6, 1, 16, 16), "heldout_images": (2, 1, 16, 16)}
-    for name, shape in shapes.items():
-        np.save(place / f"{name}.npy", np.zeros(shape, np.float32))
+    np.save(place / "latents.npy", np.zeros((6, 2, 4, 4), np.float32))
+    np.save(place / "contours.npy", np.zeros((6, 1, 16, 2), np.uint8))  # bits of 16 x 16 pixels
+    np.save(place / "heldout_images.npy", np.zeros((2, 1, 16, 16), np.float32))
     lines = [f"{i},a_{i}.png,p{i},,{'val' if i < 2 else 'train'},0" for i in range(6)]
     table = "row,image,patient_id,label,split,view\n" + "\n".join(lines) + "\n"
     (place / "manifest.csv").write_text(table)
     (folder / "vae.pth").write_bytes(b"a VAE")
     meta = {"window": [-1000, 400], "latent_scale": 0.18215, "classes": []}
+    meta |= {"contour_bits": True, "contour_shape": [6, 1, 16, 16]}
     meta |= {f"{n}_sha256": "a" * 64 for n in ("latents", "contours", "label_csv")}
     meta["vae_sha256"] = disk.file_hash(folder / "vae.pth")
     (place / "meta.json").write_text(json.dumps(meta))
