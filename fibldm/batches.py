@@ -99,6 +99,14 @@ class Plan:
         return cooldown_start(self.steps) if self.lr_schedule == "cooldown" else 0
 
     @property
+    def kept_at(self) -> int:
+        """The step whose checkpoints are kept, for a longer training to go on from; 0: none.
+
+        It is one that is logged anyhow, so that the longer training's log has the same rows.
+        """
+        return self.cooling_from - self.cooling_from % self.log_interval or self.cooling_from
+
+    @property
     def micro_batch_size(self) -> int:
         """Slices that a process takes at once."""
         return self.batch_size // (distributed.world_size() * self.grad_accum)
@@ -110,7 +118,7 @@ class Plan:
         return step > 0 and (step % self.val_interval == 0 or step == self.steps)
 
     def saves_after(self, step: int) -> bool:
-        due = step % self.save_interval == 0 or step == self.cooling_from
+        due = step % self.save_interval == 0 or step == self.kept_at
         return due or self.validates_after(step)
 
     def logs_after(self, step: int) -> bool:

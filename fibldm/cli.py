@@ -217,6 +217,16 @@ def add_training_options(parser: Parser, **defaults: float) -> None:
         "--time_limit", type=duration, metavar="TIME",
         help="save and stop after it, with exit code 75: minutes, H:MM:SS or D-HH:MM:SS",
     )  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true",
+        help="try one step, one validation and one save at full size, undo them, and end",
+    )  # fmt: skip
+    group.add_argument(
+        "--wandb", nargs="?", const="fibldm", metavar="PROJECT",
+        help="send the numbers of the log to this project of Weights & Biases (without a name: "
+        "fibldm), and no pictures; needs `pip install wandb`; with WANDB_MODE=offline in the "
+        "environment all stays in --save_dir",
+    )  # fmt: skip
     rare.add_argument("--ema_decay", type=fraction, help="of the averaged weights")
     rare.add_argument(
         "--grad_clip", type=positive_float, default=1.0,

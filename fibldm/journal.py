@@ -22,6 +22,7 @@ from fibldm.checkpoint import Stateful, environment, load_training, save_model, 
 from fibldm.config import modernized
 from fibldm.disk import TEMPORARY, keep, lock, replace_text
 from fibldm.distributed import warn
+from fibldm.tracking import track
 
 # Options that may differ when a run is resumed: they change how, not what, is computed; inputs
 # may move, since what they hold is compared with the run's lineage.
@@ -29,7 +30,8 @@ FREE_OPTIONS = {
     *("steps", "device", "compile", "grad_accum", "num_workers", "timeout", "time_limit"),
     *("log_interval", "save_interval", "patience", "csv_file", "csv_path", "img_dir", "data_path"),
     *("latent_data_dir", "vae_checkpoint", "unet_checkpoint", "init_checkpoint", "save_dir"),
-    *("keep_last", "max_bad_steps", "max_bad_images", "no_preflight", "dry_run", "environment"),
+    *("keep_last", "max_bad_steps", "max_bad_images", "no_preflight", "environment"),
+    "wandb",
 }
 FREED = 20.0  # seconds in which the last processes of a killed run end
 GIB = 2**30
@@ -50,6 +52,7 @@ class RunFolder:
     ) -> None:
         self.path, self.device, self.keep_last = Path(path), device, keep_last
         self.last, self.strict = self.path / "last.pth", False
+        settings = {name: value for name, value in settings.items() if name != "dry_run"}
         self.settings = json.loads(json.dumps(settings)) | {"environment": environment()}
         self.progress = Progress()
         self.kind, self.components, self.lineage = "", {}, {}
@@ -207,27 +210,35 @@ class RunFolder:
             for folder in older:
                 shutil.rmtree(folder)
 
-    def go_back(self, step: int) -> None:
-        """Put back the checkpoints kept at this step, from which a longer training goes on.
+    def kept_before(self, step: int) -> Path:
+        """The checkpoints that were kept at this step at the latest; ValueError without any."""
+        kept = sorted(self.path.glob("kept_*/last.pth"))
+        if not kept or step_of(kept[-1].parent) > step:
+            found = kept[-1].parent.name if kept else "nothing"
+            raise ValueError(
+                f"{self.path}: its learning rate has cooled down since step "
+                f"{self.progress.cooling_from}. A training of other --steps goes on from what was "
+                f"kept at step {step} at the latest, and found is {found}; put it back, give the "
+                "same --steps or more of them, or another --save_dir"
+            )
+        return kept[-1].parent
+
+    def go_back(self, kept: Path) -> None:
+        """Put back the checkpoints in a folder, from which a longer training goes on.
 
         What was the best stays, with its step in its name.
         """
-        kept = self.path / f"kept_{step:07d}"
-        if not (kept / "last.pth").is_file():
-            raise ValueError(
-                f"{self.path}: its learning rate has cooled down since step {step}, and {kept}, "
-                "from which a training of other --steps goes on, is not there; put it back, give "
-                "the same --steps, or another --save_dir"
-            )
         distributed.barrier()  # all have looked
         if distributed.is_main():
             self.claim()
-            for path in self.path.glob("step_*.pth"):
-                if int(path.stem.removeprefix("step_")) > step:
+            for path in (*self.path.glob("step_*.pth"), *self.path.glob("samples/step_*.png")):
+                if step_of(path) > step_of(kept):
                     path.unlink()
             for path in self.path.glob("*_best.pth"):
                 if not (named := path.with_stem(f"{path.stem}_{self.progress.step:07d}")).exists():
                     keep(path, named)
+                if not (kept / path.name).exists():
+                    path.unlink()
             for path in sorted(kept.iterdir(), key=lambda path: path.name == "last.pth"):
                 keep(path, self.path / path.name)  # last.pth at the end: else this begins anew
         distributed.barrier()
@@ -250,10 +261,10 @@ class RunFolder:
             if distributed.is_main():
                 shutil.rmtree(self.path, ignore_errors=True)
 
-    def require_space(self, size: int) -> None:
-        """ValueError where the disk has no room for what the run will keep and one file more."""
+    def require_space(self, size: int, files: int) -> None:
+        """ValueError where the disk has no room for so many checkpoints, with those that are."""
         present = sum(path.stat().st_size for path in self.path.glob("*.pth"))
-        needed = (self.keep_last + 2) * size - present
+        needed = files * size - present
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise ValueError(
@@ -266,14 +277,16 @@ class RunFolder:
 class Journal:
     """The log in a run's folder, which one process writes.
 
-    Where the disk is full, rows wait in memory and training goes on.
+    Where the disk is full, rows wait in memory and training goes on. `wandb`: the project of
+    Weights & Biases that gets the numbers too, with these facts of the run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, wandb: str | None = None, facts: dict | None = None) -> None:
+        self.folder, self.wandb, self.facts = folder, wandb, facts or {}
         self.file, self.tensorboard = folder / "metrics.jsonl", folder / "tensorboard"
         self.writer: SummaryWriter | None = None
         self.waiting = ""  # rows that could not be written yet
+        self.tracked: Any = None  # the run there
 
     def open(self, step: int, validated: int) -> None:
         """Keep the rows up to a step and its validation, and make tensorboard/ of them anew.
@@ -288,6 +301,8 @@ class Journal:
             if not left and path != self.file:
                 path.unlink()
         shutil.rmtree(self.tensorboard, ignore_errors=True)
+        if self.wandb is not None:
+            self.tracked = track(self.folder, self.wandb, self.facts)
         try:
             self.writer = SummaryWriter(self.tensorboard)
         except OSError as error:
@@ -295,7 +310,7 @@ class Journal:
         for row in read_log(self.folder):
             self._show(row)
         pictures = sorted((self.folder / "samples").glob("step_*.png"))
-        shown = [(int(path.stem.removeprefix("step_")), path) for path in pictures]
+        shown = [(step_of(path), path) for path in pictures]
         for place in [place for place in shown if place[0] <= validated][-PICTURES:]:
             self.picture(*place)
 
@@ -327,8 +342,8 @@ class Journal:
                 self._give_up(error)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a PNG in TensorBoard too."""
-        if self.writer is not None:
+        """Show a PNG in TensorBoard too, but none, as they show patients, where that is sent."""
+        if self.writer is not None and self.tracked is None:
             try:
                 image = np.asarray(Image.open(path))
                 self.writer.add_image("samples", image, step, dataformats="HWC")
@@ -341,11 +356,18 @@ class Journal:
                 self.writer.close()
             except OSError as error:
                 self._give_up(error)
+        if self.tracked is not None:
+            self.tracked.finish()
 
     def _give_up(self, error: OSError) -> None:
         """Its writer does not recover; the next start makes the folder of metrics.jsonl anew."""
         self.writer = None
         warn(f"{self.tensorboard}: {error.strerror}; left out until the run is started again")
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a file or folder: step_0000080.pth, kept_0000080."""
+    return int(path.stem.rpartition("_")[2])
 
 
 def log_parts(folder: Path) -> list[Path]:

@@ -20,7 +20,8 @@ from fibldm.checkpoint import Stateful
 from fibldm.cli import STOPPED
 from fibldm.disk import replace_text
 from fibldm.distributed import say, warn
-from fibldm.journal import GIB, Journal, RunFolder
+from fibldm.journal import FREE_OPTIONS, GIB, Journal, RunFolder
+from fibldm.tracking import require_wandb
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Batch = TypeVar("Batch")
@@ -125,6 +126,8 @@ class Run:
         self, folder: str | Path, plan: Plan, device: torch.device, settings: dict | None = None
     ) -> None:
         self.plan, self.device = plan, device
+        if settings and settings.get("wandb"):
+            require_wandb()
         self.folder = RunFolder(folder, settings or asdict(plan), device, plan.keep_last)
         self.guard = Guard(plan, self.folder)
         self.journal: Journal | None = None  # of the main process
@@ -158,26 +161,31 @@ class Run:
 
         What `unchecked` names of the lineage is taken as it was, not compared.
         """
-        folder, steps, cooling_from = self.folder, self.plan.steps, self.plan.cooling_from
+        folder, plan = self.folder, self.plan
         folder.restore(kind, components, lineage, unchecked)
-        if self.progress.cooling_from not in (0, cooling_from):
-            folder.go_back(self.progress.cooling_from)
-            folder.restore(kind, components, lineage, unchecked)
-        step = self.progress.step
-        if step > steps:
-            raise ValueError(f"{folder.last} is at step {step}, beyond --steps {steps}")
-        if 0 < cooling_from < step and self.progress.cooling_from != cooling_from:
+        step, cooled_from = self.progress.step, self.progress.cooling_from
+        if cooled_from not in (0, plan.cooling_from):
+            kept = folder.kept_before(plan.cooling_from)
+            if not plan.dry_run:
+                folder.go_back(kept)
+                folder.restore(kind, components, lineage, unchecked)
+                step = self.progress.step
+        elif not cooled_from and 0 < plan.cooling_from < step:
             raise ValueError(
-                f"{folder.last} is at step {step}: for --steps {steps} the learning rate should "
-                f"have cooled down from step {cooling_from} on; give more --steps"
+                f"{folder.last} is at step {step}: for --steps {plan.steps} the learning rate "
+                f"should have cooled down from step {plan.cooling_from} on; give more --steps"
             )
+        if step > plan.steps:
+            raise ValueError(f"{folder.last} is at step {step}, beyond --steps {plan.steps}")
         self.handlers = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         if distributed.is_main():
             folder.open()
-            self.journal = Journal(folder.path)
+            project = None if plan.dry_run else folder.settings.get("wandb")
+            facts = {n: v for n, v in folder.settings.items() if n not in FREE_OPTIONS}
+            self.journal = Journal(folder.path, project, facts)
             self.journal.open(step, self.progress.validated)
         if step:
-            say(f"{folder.path}: going on after step {step} of {steps}")
+            say(f"{folder.path}: going on after step {step} of {plan.steps}")
 
     def batches_of(self, rows: Sequence[int], unreadable: Collection[int] = ()) -> Batches:
         """The batches of the steps that are left; rows whose images cannot be read are left out."""
@@ -199,6 +207,7 @@ class Run:
         if progress.step < plan.steps and (plan.dry_run or not plan.no_preflight):
             yield from self._rehearse(load, validate)
         if plan.dry_run:
+            say(f"--dry_run: steps {progress.step + 1} to {plan.steps} can be taken; none is")
             self.close()
             raise SystemExit(0)
         if plan.validates_after(progress.step) and progress.validated < progress.step:
@@ -235,7 +244,7 @@ class Run:
             size = self.folder.last.stat().st_size if distributed.is_main() else 0
         self.folder = folder
         if distributed.is_main():
-            folder.require_space(size)
+            folder.require_space(size, files=self.plan.keep_last + 2 + (self.plan.kept_at > 0))
         distributed.barrier()
         before.seek(0)
         states = torch.load(before, map_location="cpu", weights_only=True)
@@ -323,7 +332,7 @@ class Run:
         self.started += time.monotonic() - begun  # images_per_s is of training alone
 
     def _keep_before_cooldown(self) -> None:
-        if 0 < self.progress.step == self.plan.cooling_from:
+        if 0 < self.progress.step == self.plan.kept_at:
             self.folder.keep_checkpoints(self.progress.step)
 
     def save(self, at_the_end: bool = False) -> bool:

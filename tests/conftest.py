@@ -3,8 +3,10 @@
 import contextlib
 import os
 import socket
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +140,21 @@ def stages(tmp_path_factory, phantoms) -> Path:
         ):
             script.main(script.parse_args(arguments))
     return folder
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package; its `begun` are the arguments of `init`, `ended` its ends."""
+    package = SimpleNamespace(begun=[], ended=[])
+
+    def init(**options):
+        package.begun.append(options)
+        return SimpleNamespace(finish=lambda: package.ended.append(options["id"]))
+
+    package.init = init
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.delenv("WANDB_CONSOLE", raising=False)
+    return package
 
 
 # Faults: how many are tried, and what came of them.

@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "distributed": set(),
     "disk": set(),
     "checkpoint": {"disk", "limits"},
-    "journal": {"batches", "checkpoint", "config", "disk", "distributed", "limits"},
+    "tracking": {"disk"},
+    "journal": {"batches", "checkpoint", "config", "disk", "distributed", "limits", "tracking"},
     "limits": set(),
     "dicom": {"limits"},
     "volumes": {"dicom", "limits"},
@@ -89,7 +90,7 @@ MAY_IMPORT = {
     "batches": {"distributed", "optim"},
     "config": set(),
     "cli": {"config", "distributed", "optim"},
-    "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal"},
+    "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "tracking"},
     "reconstruction": {
         *("anatomy", "batches", "datasets", "distributed", "features", "panels", "run", "vae"),
     },

@@ -1,6 +1,7 @@
 """The scripts end to end: the design's commands on real slices, resume, processes, precision."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -458,8 +459,11 @@ def assert_same_state(a: Path, b: Path) -> None:
 def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     """Killed at step 7, after the save at step 5; the same command ends bit-identical."""
     script, more = SCRIPTS[stage], ["--steps", "12", "--save_interval", "5", "--val_interval", "4"]
-    if stage == "unet":
-        more += ["--dropout", "0.3"]
+    more += {
+        "vae": [],
+        "unet": ["--dropout", "0.3", "--lr_schedule", "cosine"],
+        "controlnet": ["--lr_schedule", "cooldown"],
+    }[stage]
     run(script, options(stage, stages, phantoms, tmp_path / "whole", *more))
     killed = options(stage, stages, phantoms, tmp_path / "killed", *more)
     assert run_and_die(script, killed, step=7, number=signal.SIGKILL) == -signal.SIGKILL
@@ -471,6 +475,40 @@ def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     assert_same_state(tmp_path / "whole" / best, tmp_path / "killed" / best)
     steps = [row["step"] for row in read_log(tmp_path / "killed")]
     assert steps == sorted(steps) and steps.count(12) == 2  # one row of training, one of validation
+
+
+def test_a_longer_cooldown_equals_one_that_was_never_shorter(stages, tmp_path):
+    more = (
+        "--lr_schedule",
+        "cooldown",
+        "--lr",
+        "0.1",
+        "--log_interval",
+        "1",
+        "--val_interval",
+        "4",
+    )
+    for folder, steps in (("whole", 10), ("prolonged", 6), ("prolonged", 10)):
+        run(train_ldm_unet, unet_options(stages, tmp_path / folder, "--steps", str(steps), *more))
+    for name in "last.pth", "unet_best.pth":
+        assert_same_state(tmp_path / "whole" / name, tmp_path / "prolonged" / name)
+    logs = [read_log(tmp_path / folder) for folder in ("whole", "prolonged")]
+    for row in itertools.chain(*logs):
+        row.pop("train/images_per_s", None)
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_dry_run_takes_no_step(stage, stages, phantoms, tmp_path, capsys):
+    script, folder = SCRIPTS[stage], tmp_path / "run"
+    words = options(stage, stages, phantoms, folder, "--steps", "3", "--dry_run")
+    with pytest.raises(SystemExit) as ended:
+        run(script, words)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "preflight: a step" in out and "--dry_run: steps 1 to 3 can be taken" in out
+    assert list(folder.glob("*.pth")) == [] and not (folder / "metrics.jsonl").exists()
+    assert "dry_run" not in json.loads((folder / "args.json").read_text())
 
 
 def test_a_kill_in_validation_loses_neither_it_nor_the_step(stages, phantoms, tmp_path):

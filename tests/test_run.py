@@ -10,9 +10,11 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from conftest import training_options as options
+from PIL import Image
 from torch import nn
 
 from fibldm import journal
@@ -185,8 +187,41 @@ def test_a_training_that_has_cooled_down_cannot_go_on_without_what_was_kept(tmp_
     follow_rate(*begin(tmp_path / "run", steps=10, **more))
     follow_rate(*begin(tmp_path / "run", steps=10, **more))  # nothing is left to do
     shutil.rmtree(tmp_path / "run" / "kept_0000008")
-    with pytest.raises(ValueError, match=r"cooled down since step 8, and .*kept_0000008"):
+    with pytest.raises(ValueError, match=r"cooled down since step 8.* found is nothing"):
         begin(tmp_path / "run", steps=20, **more)
+
+
+def test_the_log_of_a_longer_training_has_the_rows_of_one_that_was_never_shorter(tmp_path):
+    more = {"lr_schedule": "cooldown", "log_interval": 3, "save_interval": 7}
+    follow_rate(*begin(tmp_path / "whole", steps=20, **more))
+    follow_rate(*begin(tmp_path / "run", steps=11, **more))  # cools down after 9
+    follow_rate(*begin(tmp_path / "run", steps=14, **more))  # after 12
+    follow_rate(*begin(tmp_path / "run", steps=20, **more))
+    rows = [
+        [{n: v for n, v in row.items() if n != "train/images_per_s"} for row in read_log(path)]
+        for path in (tmp_path / "run", tmp_path / "whole")
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [
+        3,
+        6,
+        7,
+        9,
+        12,
+        14,
+        15,
+        18,
+        20,
+    ]
+
+
+@pytest.mark.parametrize("steps", [9, 10])
+def test_a_refused_length_changes_nothing(tmp_path, steps):
+    more = {"lr_schedule": "cooldown", "val_interval": 5}
+    follow_rate(*begin(tmp_path / "run", steps=11, **more))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.pth")}
+    with pytest.raises(ValueError, match=r"cooled down since step 9.* kept_0000009"):
+        begin(tmp_path / "run", steps=steps, **more)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == files
 
 
 def test_steps_can_not_be_lowered_to_where_it_should_have_cooled_down_before(tmp_path):
@@ -233,8 +268,34 @@ def test_a_run_whose_shift_was_in_pixels_goes_on(tmp_path):
     assert logged(tmp_path / "run") == [1, 2, 3]
 
 
+def test_a_run_sends_its_numbers_where_it_is_asked_to(tmp_path, wandb):
+    train(*begin(tmp_path / "run", steps=2, wandb="lungs"))
+    train(*begin(tmp_path / "run", steps=3, wandb="lungs"))
+    first, again = wandb.begun
+    assert first == again and first["project"] == "lungs"
+    assert first["config"]["lr"] == 0.1 and "save_dir" not in first["config"]
+    assert len(wandb.ended) == 2
+    train(*begin(tmp_path / "run", steps=4))  # a free option
+    assert len(wandb.begun) == 2
+
+
+def test_pictures_are_not_sent(tmp_path, wandb):
+    run, _ = begin(tmp_path / "run", wandb="lungs")
+    run.journal.writer.add_image = None
+    run.picture(1, lambda path: Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path))
+    assert (tmp_path / "run" / "samples" / "step_0000001.png").is_file()
+    run.close()
+
+
+def test_an_absent_package_is_named_before_anything_begins(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        begin(tmp_path / "run", wandb="lungs")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_free_options_may_change(tmp_path):
-    free = {name: 1 for name in FREE_OPTIONS - {"save_dir", "dry_run"}}
+    free = {name: 1 for name in FREE_OPTIONS - {"save_dir", "wandb"}}
     train(*begin(tmp_path / "run", **{**free, "steps": 2}))
     other = {**{name: 2 for name in free}, "steps": 3}
     run, _ = begin(tmp_path / "run", **other)
