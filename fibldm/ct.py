@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -262,6 +264,30 @@ def contour_style(contour: np.ndarray) -> str | None:
         return "outline"
     thick = any(ndimage.binary_erosion(channel).any() for channel in contour)
     return "filled" if thick and added < drawn / 4 else None
+
+
+def common_style(
+    contours: Sequence[np.ndarray], declared: str | None
+) -> tuple[str | None, list[str]]:
+    """The style of contours (N, K, H, W), and a warning where they differ in it.
+
+    It is as dataset.json says (`declared`), else that of nine in ten of the contours which have
+    a clear one, else None.
+    """
+    counts = Counter(contour_style(contour) for contour in contours)
+    del counts[None]
+    style, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    notes = []
+    if {declared or style} != {*counts, declared or style}:
+        found = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        said = f", and dataset.json says {declared}" if declared else ""
+        notes.append(
+            f"WARNING: contours of several styles: of {len(contours)} looked at {found}{said}; "
+            "expected one style; convert them by scripts/prepare_data.py --contour_style"
+        )
+    if declared is None and most < 0.9 * counts.total():
+        style = None
+    return declared or style, notes
 
 
 def fill_outline(contour: np.ndarray) -> np.ndarray:

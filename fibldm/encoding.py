@@ -4,7 +4,6 @@ import contextlib
 import json
 import locale
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -91,7 +90,8 @@ def _describe(
     """Write manifest.csv and meta.json beside the arrays; return notes on the contours."""
     manifest = pd.DataFrame(dataset.rows).assign(row=range(len(dataset)))
     write_csv(folder / "manifest.csv", manifest, MANIFEST)
-    style, notes = measure_style(contours, dataset.slices, dataset.info.contour_style)
+    rows = np.linspace(0, dataset.slices - 1, min(dataset.slices, MEASURED)).round().astype(int)
+    style, notes = ct.common_style(contours[rows], dataset.info.contour_style)
     labels = {row.label for row in dataset.rows if row.split == "train"}
     meta = {
         "latent_shape": list(latent_shape),
@@ -145,31 +145,6 @@ def _encode_rows(
     return finite
 
 
-def measure_style(
-    contours: PackedRows, slices: int, declared: str | None
-) -> tuple[str | None, list[str]]:
-    """The style of the first `slices` contours (rows, K, H, W), and a warning where it differs.
-
-    It is as dataset.json says (`declared`), else that of nine in ten of the contours which have
-    a clear one, else None.
-    """
-    rows = np.linspace(0, slices - 1, min(slices, MEASURED)).round().astype(int)
-    counts = Counter(ct.contour_style(contours[row]) for row in rows)
-    del counts[None]
-    style, most = max(counts.items(), key=lambda item: item[1], default=(None, 0))
-    notes = []
-    if {declared or style} != {*counts, declared or style}:
-        found = " and ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        said = f", and dataset.json says {declared}" if declared else ""
-        notes.append(
-            f"WARNING: contours of several styles: of {len(rows)} looked at {found}{said}; "
-            "expected one style; convert them by scripts/prepare_data.py --contour_style"
-        )
-    if declared is None and most < 0.9 * counts.total():
-        style = None
-    return declared or style, notes
-
-
 def encode_csv(
     folder: str | Path,
     csv_file: str | Path,
@@ -188,11 +163,9 @@ def encode_csv(
 ) -> list[str]:
     """Encode a table's slices by a VAE file into `folder`, unless that is done; return notes.
 
-    With `dry_run` it is only checked that this can begin.
-
-    Window and split come from the VAE's checkpoint, so that all stages agree. A folder made
-    from other data or another VAE is an error (ValueError with both hashes and `remedy`) unless
-    `overwrite`.
+    With `dry_run` it is only checked that this can begin. Window and split come from the VAE's
+    checkpoint, so that all stages agree. A folder made from other data or another VAE is an error
+    (ValueError with both hashes and `remedy`) unless `overwrite`.
     """
     folder = Path(folder)
     rows, notes = read_table(csv_file, root, Split(**vae_content["split"]))

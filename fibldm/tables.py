@@ -293,12 +293,8 @@ def parse_table(
     given = frame["split"].str.lower()
     drawn = {patient: split.of(patient) for patient in patients[given == ""].unique()}
     splits = given.where(given != "", patients.map(drawn))
-    rows = [
-        Row(*cells)
-        for cells in zip(
-            frame["image"], frame["contour"], patients, frame["label"], splits, strict=True
-        )
-    ]
+    columns = frame["image"], frame["contour"], patients, frame["label"], splits
+    rows = [Row(*cells) for cells in zip(*columns, strict=True)]
     unknown = [name for name in splits if name not in SPLITS]
     if unknown:
         message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"

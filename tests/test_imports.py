@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "slices": {"anatomy", "ct", "dicom", "disk", "lungs", "series", "volumes"},
     "preparation": {"disk", "series", "slices", "tables"},
     "lungs": set(),
+    "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},
     "likeness": {"ct"},
     "findings": {"anatomy", "ct", "likeness", "tables"},
