@@ -53,15 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--contour_dropout", type=cli.fraction, default=0.1,
         help="share of slices whose contour is withheld in training",
     )  # fmt: skip
-    parser.rare.add_argument(
-        "--label_dropout", type=cli.fraction, default=0.1,
-        help="share of slices whose class label is withheld in training; guidance needs some",
-    )  # fmt: skip
-    cli.add_validation_options(parser)
-    cli.add_training_options(
-        parser, steps=50_000, batch_size=64, lr=2e-4, warmup_steps=500, ema_decay=0.999,
-        save_interval=500, val_interval=2500,
-    )  # fmt: skip
+    cli.add_diffusion_options(parser, steps=50_000, batch_size=64, lr=2e-4)
     cli.add_machine_options(parser)
     return parser.parse_args(argv)
 

@@ -171,8 +171,12 @@ def add_view_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def add_validation_options(parser: Parser) -> None:
-    """Options of the two stages that sample while they train."""
+def add_diffusion_options(parser: Parser, steps: int, batch_size: int, lr: float) -> None:
+    """Options of the two stages that learn to denoise, and sample while they do."""
+    parser.rare.add_argument(
+        "--label_dropout", type=fraction, default=0.1,
+        help="share of slices whose class label is withheld in training; guidance needs some",
+    )  # fmt: skip
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--val_samples", type=positive, default=64, help="held-out contours to sample for"
@@ -185,6 +189,10 @@ def add_validation_options(parser: Parser) -> None:
         help="share of validation samples that may be copies of training slices, that is, nearer "
         "to one than held-out slices are; a snapshot with more becomes the best only while none "
         "has fewer",
+    )  # fmt: skip
+    add_training_options(
+        parser, steps=steps, batch_size=batch_size, lr=lr, warmup_steps=500, ema_decay=0.999,
+        save_interval=500, val_interval=2500,
     )  # fmt: skip
 
 
