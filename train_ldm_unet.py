@@ -7,7 +7,8 @@ import torch
 
 from fibldm import cli, distributed
 from fibldm.batches import Plan, seed_dropout
-from fibldm.checkpoint import load_model
+from fibldm.checkpoint import load_model, read_start
+from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset, training_batches
 from fibldm.optim import EMA, Precision, adamw, clear_gradients, clip_gradients, optimizer_step
 from fibldm.run import Run
@@ -49,6 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of features withheld at random; with few patients, 0.1 helps against learning "
         "them by heart",
     )  # fmt: skip
+    model.add_argument(
+        "--init_checkpoint", metavar="FILE",
+        help="start from the weights of this unet_best.pth, of the same sizes; it must not have "
+        "been trained on patients that are held out here; classes of the same names are kept",
+    )  # fmt: skip
     parser.rare.add_argument(
         "--contour_dropout", type=cli.fraction, default=0.1,
         help="share of slices whose contour is withheld in training",
@@ -74,6 +80,14 @@ def main(args: argparse.Namespace) -> None:
         data.latent_dim, data.latent_size, data.contour_channels, len(data.classes),
         args.channels, args.blocks, args.dropout,
     ).to(device)  # fmt: skip
+    if args.init_checkpoint:
+        split, free = data.meta.get("split"), ("num_classes", "dropout")
+        start, content, warnings = read_start(
+            args.init_checkpoint, unet, lineage, split, data.window, free
+        )
+        distributed.warn(*warnings)
+        lineage["init_checkpoint"] = file_hash(args.init_checkpoint)
+        unet.load_from(start, data.classes, content["classes"])
     ema = EMA(unet, args.ema_decay)
     optimizer, scaler = adamw(unet, args.lr), precision.scaler()
     components = {"unet": unet, "ema": ema, "optimizer": optimizer, "scaler": scaler}
@@ -94,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
     def validate(step: int) -> None:
         if validation.measure(step):
             facts = {"classes": data.classes, "pixel_spacing": data.pixel_spacing}
+            if "split" in data.meta:
+                facts["split"] = data.meta["split"]
             facts |= {"window": list(data.window), "contour_style": data.contour_style}
             run.save_best("unet_best.pth", ema.model, **facts, step=step)
 

@@ -9,7 +9,7 @@ import torch
 
 from fibldm import cli, distributed
 from fibldm.batches import Plan, item_noise, item_uniform
-from fibldm.checkpoint import start_from
+from fibldm.checkpoint import read_start
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CHECKED, CTDataset, load_batches, shift_slices
 from fibldm.disk import file_hash
@@ -137,9 +137,12 @@ def main(args: argparse.Namespace) -> None:
     vae = VAE(args.image_size, args.latent_size, args.latent_dim, args.base_channels, args.blocks)
     lineage = {"label_csv": file_hash(args.csv_file), "files": data.fingerprint()}
     if args.init_checkpoint:
-        lineage["init_checkpoint"], facts = file_hash(args.init_checkpoint), {"window": args.window}
-        table = lineage["label_csv"]
-        distributed.warn(*start_from(args.init_checkpoint, vae, table, facts, asdict(split)))
+        start, _, warnings = read_start(
+            args.init_checkpoint, vae, lineage, asdict(split), args.window
+        )
+        distributed.warn(*warnings)
+        lineage["init_checkpoint"] = file_hash(args.init_checkpoint)
+        vae.load_state_dict(start.state_dict())
         vae.uncalibrate()
     vae.to(device)
     ema, optimizer, scaler = EMA(vae, args.ema_decay), Muon(vae, args.lr), precision.scaler()

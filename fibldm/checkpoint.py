@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from reprlib import repr as short
@@ -287,28 +287,34 @@ def require_equal(what: str, found: object, expected: object, remedy: str) -> No
         raise ValueError(f"{what}: found {found}, expected {expected}; {remedy}")
 
 
-def start_from(
-    path: str | Path, model: nn.Module, label_csv: str, facts: dict, split: dict | None = None
-) -> list[str]:
-    """Give a model the weights of one of its kind that was trained before; returns what to warn of.
+def read_start(
+    path: str | Path, model: Model, lineage: dict, split: dict | None, window: Sequence[float],
+    free: Collection[str] = (),
+) -> tuple[Model, dict, list[str]]:  # fmt: skip
+    """A model trained before, whose weights another of its kind may start from.
 
-    ValueError where its config, or one of the facts that its file keeps, is another, or where it
-    was trained on the table with this hash (`label_csv`) by another split: it has seen patients
-    who are held out now.
+    Returns it, its file's content, and what to warn of. `lineage` and `split` are those of the data
+    to train on. ValueError where its HU window or its config is another, but for the names in
+    `free`, or where it was trained on the same table by another split: it has seen patients who are
+    held out now.
     """
     trained, content = load_model(path, type(model))
-    remedy = "repeat the options that it was trained with"
+    remedy, before = "repeat the options that it was trained with", content["lineage"]
     for name, value in trained.config.items():
-        require_equal(f"{path}: its {name}", value, model.config[name], remedy)
-    same_table = content["lineage"].get("label_csv") == label_csv
-    if same_table and split is not None:
-        facts = facts | {"split": split}
-    for name, value in facts.items():
-        require_equal(f"{path}: its {name}", content[name], value, remedy)
-    model.load_state_dict(trained.state_dict())
-    if same_table:
-        return []
-    return [f"{path} was trained on another table: none of its patients may be held out here"]
+        if name not in free:
+            require_equal(f"{path}: its {name}", value, model.config[name], remedy)
+    require_equal(f"{path}: its window", list(content["window"]), list(window), remedy)
+    same_table = before.get("label_csv") == lineage["label_csv"]
+    same_vae = before.get("vae") == lineage.get("vae")  # whose split all later stages have
+    if same_table and "split" in content:
+        require_equal(f"{path}: its split", content["split"], split, remedy)
+    warnings = []
+    if not (same_table and ("split" in content or same_vae)):
+        what = f"{path} was trained on another table, or by another split"
+        warnings.append(f"{what}: none of its patients may be held out here")
+    if not same_vae:
+        warnings.append(f"{path} was trained on latents of another VAE, and has to learn these")
+    return trained, content, warnings
 
 
 def save_training(

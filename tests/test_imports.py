@@ -20,7 +20,7 @@ DATA = {
 }
 TRAINING = {
     *("cli", "config", "batches", "run", "journal", "distributed", "checkpoint", "validation"),
-    "reconstruction",
+    *("reconstruction", "tracking"),
 }
 JUDGEMENT = {
     *("features", "weights", "metrics", "disease", "privacy", "samples", "measurement"),

@@ -30,7 +30,7 @@ import train_controlnet
 import train_ldm_unet
 import train_vae
 from fibldm import ct, encoding, losses, reconstruction
-from fibldm.checkpoint import load_model
+from fibldm.checkpoint import load_model, save
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
 from fibldm.losses import structural_loss
@@ -357,6 +357,36 @@ def test_a_vae_can_start_from_another_ones_weights(stages, phantoms, tmp_path, c
     (tmp_path / "data" / "label.csv").open("a").write("\n")
     run(train_vae, vae_options(tmp_path / "data", tmp_path / "new", *more))
     assert "trained on another table" in capsys.readouterr().out
+
+
+def test_a_unet_can_start_from_another_ones_weights(stages, tmp_path, capsys):
+    """Another dropout is no obstacle; classes are found by name; patients and VAE are warned of."""
+    source = tmp_path / "start.pth"
+    content = torch.load(stages / "unet" / "unet_best.pth", weights_only=True)
+    content["classes"] = content["classes"][::-1]
+    save(source, content)
+    more = ("--steps", "1", "--lr", "1e-9", "--init_checkpoint", str(source), "--dropout", "0.1")
+    run(train_ldm_unet, unet_options(stages, tmp_path / "run", *more))
+    assert "WARNING: " + str(source) not in capsys.readouterr().out
+    path = tmp_path / "run" / "unet_best.pth"
+    (before, _), (after, content) = load_model(source, UNet), load_model(path, UNet)
+    assert content["lineage"]["init_checkpoint"] == file_hash(source)
+    assert content["split"] == {"seed": 0, "val_fraction": 0.3, "test_fraction": 0.1}
+    expected = before.state_dict()
+    expected["encoder.label.weight"] = expected["encoder.label.weight"][[1, 0, 2]]
+    for name, weight in after.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"init_checkpoint: found .*, expected None"):
+        run(train_ldm_unet, unet_options(stages, tmp_path / "run", *more[:4], *more[6:]))
+    wider = ("--channels", "16", "32")
+    with pytest.raises(ValueError, match=r"start.pth: its channels: found \[8, 16\]"):
+        run(train_ldm_unet, unet_options(stages, tmp_path / "other", *more, *wider))
+    content = torch.load(source, weights_only=True)
+    content["lineage"] |= {"label_csv": "0" * 64, "vae": "0" * 64}
+    save(source, content)
+    run(train_ldm_unet, unet_options(stages, tmp_path / "new", *more))
+    out = capsys.readouterr().out
+    assert "trained on another table" in out and "latents of another VAE" in out
 
 
 class Smallest(torch.nn.Module):
