@@ -292,6 +292,11 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
         else:
             left_out.append((header.where, f"a duplicate: at the position of {kept[-1].where}"))
 
+    return kept, left_out, _notes(kept)
+
+
+def _notes(kept: list[Header]) -> list[str]:
+    """What is odd about a series in order: how it is displayed, gaps, slices close together."""
     notes = [
         f"{header.where}: MONOCHROME1 says how to display, not what is stored; taken as HU"
         for header in kept
@@ -310,7 +315,7 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
             f"{kept[i].where}: {steps[i]:.1f} mm to the next slice, {usual:.1f} mm is usual here: "
             "are these two acquisitions in one series?"
         )
-    return kept, left_out, notes
+    return notes
 
 
 def upright(array: np.ndarray, orientation: tuple[float, ...]) -> np.ndarray:

@@ -21,6 +21,9 @@ from fibldm.ct import (
     write_dataset_info,
 )
 
+FORMATS = ("png", "npy", "nifti", "dicom")
+SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
+
 
 def synthetic_dicom(
     stored: np.ndarray,
@@ -108,10 +111,6 @@ def synthetic_dicom(
     return dataset
 
 
-FORMATS = ("png", "npy", "nifti", "dicom")
-SUFFIXES = {"png": ".png", "npy": ".npy", "nifti": ".nii.gz", "dicom": ".dcm"}
-
-
 def png_info(window: Window, spacing: float | None = None) -> DatasetInfo:
     """What dataset.json must say beside PNG files of `write_slice`, for their HU to be read."""
     return DatasetInfo(((window[1] - window[0]) / PNG_LEVELS, window[0]), spacing)
@@ -151,7 +150,7 @@ def write_slice(
 
     "png" holds the window over 0 to 65535: in 8 bits, 1400 HU would become steps of 5.5 HU. Its
     HU are read with `png_info` beside it. "npy" is float32 HU; "nifti" and "dicom" int16 HU with
-    pixels of `spacing` mm. `run`, `number` and `comment` go into DICOM: `dicom.synthetic_dicom`.
+    pixels of `spacing` mm. `run`, `number` and `comment` go into DICOM: see `synthetic_dicom`.
     """
     image = np.clip(image, -1, 1)
     if file_format == "png":

@@ -69,14 +69,7 @@ def prepare(
     output, labels = Path(os.path.abspath(output)), labels or {}
     key_file = key_file or output.with_name(f"{output.name}.key")
     report = report or output.with_name(f"{output.name}.left_out.csv")
-    for option, path in ("--key_file", key_file), ("--report", report):
-        if path.resolve().is_relative_to(output.resolve()):
-            raise ValueError(
-                f"{option} {path}: identifies patients; keep it outside of --output_dir {output}"
-            )
-    for top in inputs:
-        if top.resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"{top}: lies within --output_dir {output}, expected another folder")
+    _require_apart(inputs, output, key_file, report)
     series, of_files = find_series(inputs, output, options, workers)
     if not series:
         tops = ", ".join(map(str, inputs))
@@ -89,32 +82,27 @@ def prepare(
         left_out = [("", item) for item in of_files] + _read_report(report, unchanged)
         _write_report(report, left_out)  # not writable: said before hours are spent
         of_patients = {names.of("patient", patient): label for patient, label in labels.items()}
-        prepared: dict[str, list[Prepared]] = defaultdict(list)
-        done = 0
         work = prepare_all(
             {name: job.series for name, job in jobs.items()}, options, settings, output, workers
         )
-        try:
-            with contextlib.closing(work):  # no process goes on after an error
-                for name, result in tqdm(work, "preparing", len(jobs), unit="series", disable=None):
-                    left_out += _keep(output, jobs[name], result)
-                    prepared[jobs[name].series.kind].append(result)
-                    done += 1
-            rows, of_table = _write_table(output, of_patients)
-            _write_report(report, left_out)
-        except OSError as error:
-            raise ValueError(
-                f"{error.filename or output}: cannot be written: {error.strerror or error}; {done} "
-                f"of {len(jobs)} series are done and kept: make room, and run the same command "
-                "again"
-            ) from error
-        except KeyboardInterrupt:
-            _, of_table = _write_table(output, of_patients)
-            count = f"{done} of {len(jobs)} series are done"
-            raise KeyboardInterrupt("; ".join([count, *of_table])) from None
+        with contextlib.closing(work):  # no process goes on after an error
+            prepared, rows, of_table = _keep_all(work, jobs, output, of_patients, left_out)
+        _write_report(report, left_out)
     notes = of_table + notes + _remarks(series, labels, rows, options)
     unused = [item for _, item in left_out]
-    return Preparation(rows, dict(prepared), len(unchanged), unused, notes, key_file, report)
+    return Preparation(rows, prepared, len(unchanged), unused, notes, key_file, report)
+
+
+def _require_apart(inputs: Sequence[Path], output: Path, key_file: Path, report: Path) -> None:
+    """ValueError where an input, or what identifies patients, lies in the output."""
+    for option, path in ("--key_file", key_file), ("--report", report):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise ValueError(
+                f"{option} {path}: identifies patients; keep it outside of --output_dir {output}"
+            )
+    for top in inputs:
+        if top.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"{top}: lies within --output_dir {output}, expected another folder")
 
 
 # What is new, and who is who.
@@ -258,6 +246,37 @@ def _records(output: Path) -> list[Path]:
 def _remove_records(output: Path, names: Iterable[str]) -> None:
     for name in names:
         (output / "series" / f"{name}.json").unlink(missing_ok=True)
+
+
+def _keep_all(
+    work: Iterable[tuple[str, Prepared]],
+    jobs: dict[str, Job],
+    output: Path,
+    labels: dict[str, str],
+    left_out: list[tuple[str, LeftOut]],
+) -> tuple[dict[str, list[Prepared]], list[dict[str, str]], list[str]]:
+    """Record series as they are done, then write label.csv; also where the user interrupts it.
+
+    Adds to `left_out`; returns what was prepared by kind, the rows of label.csv, and notes.
+    """
+    prepared: dict[str, list[Prepared]] = defaultdict(list)
+    done = 0
+    try:
+        for name, result in tqdm(work, "preparing", len(jobs), unit="series", disable=None):
+            left_out += _keep(output, jobs[name], result)
+            prepared[jobs[name].series.kind].append(result)
+            done += 1
+        rows, notes = _write_table(output, labels)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or output}: cannot be written: {error.strerror or error}; {done} of "
+            f"{len(jobs)} series are done and kept: make room, and run the same command again"
+        ) from error
+    except KeyboardInterrupt:
+        _, notes = _write_table(output, labels)
+        count = f"{done} of {len(jobs)} series are done"
+        raise KeyboardInterrupt("; ".join([count, *notes])) from None
+    return dict(prepared), rows, notes
 
 
 def _keep(output: Path, job: Job, result: Prepared) -> list[tuple[str, LeftOut]]:

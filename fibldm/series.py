@@ -250,37 +250,44 @@ class _Search:
         groups: dict[str, list[tuple]] = defaultdict(list)
         for line in rows.itertuples(index=False):
             cells = dict(zip(header, line, strict=True))
-            path = table.parent / cells.get("image", "")
-            mask = table.parent / cells["contour"] if cells.get("contour") else None
             try:
-                outside = [n for n in (cells.get("image", ""), cells.get("contour")) if n]
-                outside = [name for name in outside if not limits.inside(name)]
-                if outside:
-                    raise ValueError(f"a path out of the table's folder: {outside[0]}")
-                missing = [str(p) for p in (path, mask) if p and not p.is_file()]
-                if missing:
-                    raise ValueError(f"missing, listed in {table}: {missing[0]}")
-                self.taken |= {p.resolve() for p in (path, mask) if p}
-                numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
-                split = cells.get("split", "").lower()
-                if split not in ("", *SPLITS):
-                    known = ", ".join(SPLITS)
-                    raise ValueError(f"split {cells['split']!r}, expected one of {known}")
-                content, of_mask = self.identify(path), disk.file_hash(mask) if mask else None
+                item = self.read_row(table, cells, rescale)
             except (OSError, ValueError) as error:
-                self.leave_out(path, error)
+                self.leave_out(table.parent / cells.get("image", ""), error)
                 continue
-            self.copies[content] = path
-            told = *numbers, cells.get("label", ""), split
-            source = Source(path, None, mask, rescale, *told)
-            patient = cells.get("patient_id") or cells["image"]
-            groups[patient].append((source, content, (of_mask, rescale, told)))
+            groups[cells.get("patient_id") or cells["image"]].append(item)
         for patient, group in groups.items():
             sources, contents, facts = (list(part) for part in zip(*group, strict=True))
             name, fingerprint = f"{table} ({patient})", _hash(contents, facts)
             self.series.append(
                 Series("table", name, patient, str(table), sources, contents, fingerprint)
             )
+
+    def read_row(
+        self, table: Path, cells: dict[str, str], rescale: tuple[float, float] | None
+    ) -> tuple[Source, str, tuple]:
+        """A row's slice, its content, and all else that it follows from.
+
+        Raises OSError or ValueError where it can't be used.
+        """
+        path = table.parent / cells.get("image", "")
+        mask = table.parent / cells["contour"] if cells.get("contour") else None
+        named = [name for name in (cells.get("image"), cells.get("contour")) if name]
+        outside = [name for name in named if not limits.inside(name)]
+        if outside:
+            raise ValueError(f"a path out of the table's folder: {outside[0]}")
+        missing = [str(p) for p in (path, mask) if p and not p.is_file()]
+        if missing:
+            raise ValueError(f"missing, listed in {table}: {missing[0]}")
+        self.taken |= {p.resolve() for p in (path, mask) if p}
+        numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
+        split = cells.get("split", "").lower()
+        if split not in ("", *SPLITS):
+            raise ValueError(f"split {cells['split']!r}, expected one of {', '.join(SPLITS)}")
+        content, of_mask = self.identify(path), disk.file_hash(mask) if mask else None
+        self.copies[content] = path
+        told = *numbers, cells.get("label", ""), split
+        return Source(path, None, mask, rescale, *told), content, (of_mask, rescale, told)
 
     def add_dicom(self, files: list[tuple[Path, Path]], workers: int) -> None:
         """DICOM files, each with its input's folder, by SeriesInstanceUID, in order."""

@@ -19,6 +19,11 @@ from fibldm import dicom, limits
 
 AXIAL = 0.94  # cosine: axes may be tilted by 20 degrees
 MM = {"meter": 1000.0, "micron": 0.001}  # of a unit; others are taken as mm
+MAGIC = {  # how files of a kind begin
+    **{"png": b"\x89PNG", "jpeg": b"\xff\xd8", "tiff": (b"II*\0", b"MM\0*", b"II+\0")},
+    **{"npy": b"\x93NUMPY", "mat": b"MATLAB"},
+}
+SUFFIXES = {"png": ".png", "tiff": (".tif", ".tiff"), "npy": ".npy", "npz": ".npz", "mat": ".mat"}
 MAT_NUMBERS = (  # MATLAB's classes
     *("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
     "logical",
@@ -67,19 +72,10 @@ def kind_of(path: Path) -> str | None:
         return "dicom"
     if name.endswith((".nii", ".nii.gz")):
         return "nifti"
-    for kind, magic in (
-        ("png", b"\x89PNG"),
-        ("jpeg", b"\xff\xd8"),
-        ("tiff", b"II*\0"),
-        ("tiff", b"MM\0*"),
-        ("tiff", b"II+\0"),
-        ("npy", b"\x93NUMPY"),
-        ("mat", b"MATLAB"),
-    ):
+    for kind, magic in MAGIC.items():
         if start.startswith(magic):
             return kind
-    for suffix, kind in ((".png", "png"), (".tif", "tiff"), (".tiff", "tiff"), (".npy", "npy"),
-                         (".npz", "npz"), (".mat", "mat")):  # fmt: skip
+    for kind, suffix in SUFFIXES.items():
         if name.endswith(suffix):
             return kind
     # A DICOM file may lack its preamble: then it starts with an element of group 2 or 8.
@@ -90,7 +86,7 @@ def read_volume(path: Path, variable: str | None = None, axes: str | None = None
     """A file's axial slices (D, H, W), D = 1 for one, from head to feet and upright.
 
     variable: its name in an NPZ or MAT file; None for the only 2D or 3D one. axes: of a file that
-    gives no orientation; see `orient`. Raises ValueError naming the file where it can't be decoded
+    gives no orientation; see `_orient`. Raises ValueError naming the file where it can't be decoded
     or holds something else.
     """
     volume = decode(path, variable)

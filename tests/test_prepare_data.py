@@ -29,7 +29,7 @@ from scans import (
 )
 
 import train_vae
-from fibldm import ct, disk, export, preparation
+from fibldm import ct, disk, export, preparation, slices
 from fibldm.datasets import CTDataset
 from fibldm.slices import Settings
 from fibldm.tables import Split, read_table
@@ -847,6 +847,30 @@ def test_killed_anywhere_and_run_again_it_ends_as_if_undisturbed(tmp_path, monke
         tmp_path / "in", "--output_dir", tmp_path / "once", "--key_file", tmp_path / "key"
     )
     assert outputs(data) == outputs(undisturbed)
+
+
+def test_interrupted_it_keeps_what_is_done_and_goes_on(tmp_path, monkeypatch, capsys):
+    for patient in range(3):
+        changes = {"PatientID": f"P{patient}", "SeriesInstanceUID": f"1.2.{patient}"}
+        write_dicom(tmp_path / "in" / str(patient), ct_datasets(patient, **changes))
+    real = slices.prepare_series
+
+    def prepare_series(series, *arguments):
+        if series.patient == "P1":
+            raise KeyboardInterrupt
+        return real(series, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(slices, "prepare_series", prepare_series)
+        prepare(tmp_path / "in")
+    assert stop.value.code == 130
+    assert (
+        "interrupted: 1 of 3 series are done; the same command goes on" in capsys.readouterr().out
+    )
+    assert len(rows_of(tmp_path / "data")) == 5
+    prepare(tmp_path / "in")
+    assert "2 series new or changed, 1 unchanged" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "data")) == 15
 
 
 # Real CT.
