@@ -26,16 +26,16 @@ KEEP = (
     "data; it is no medical device and judges no patient."
 )
 JUDGEMENT = (
-    "Good: the interval reaches the baseline, so that this metric cannot tell the samples from "
-    "other real patients. Doubtful: farther than that, but at most twice as far as the baseline. "
-    "Bad: farther still. A group is as good as its worst number. With few images the intervals are "
-    "wide, and good then only means not shown to be bad. The words approve of no use."
+    "Good: the interval reaches the baseline. This metric cannot tell the samples from other real "
+    "patients. Doubtful: farther away, but at most twice as far as the baseline. Bad: farther "
+    "still. A group is as good as its worst number. With few images intervals are wide: good then "
+    "only means that nothing bad was shown. No verdict approves a use."
 )
 GLOSSARY = (
-    "Interval: 95 % of bootstrap resamples, of patients for real slices and of single samples for "
-    "generated ones. Baseline (real against real): the same metric between two disjoint halves of "
-    "the real patients (for control: of the same segmenter on real slices); nothing generated can "
-    "be expected to do better. N: real slices / samples that the number is of."
+    "Interval: 95 % of a patient-level bootstrap. Real slices are drawn by patient, samples one by "
+    "one. Baseline: the real-vs-real baseline, the same metric between two halves of the real "
+    "patients. For control it is the result of the same segmenter on real slices. No sample can be "
+    "expected to do better. N: the number of real slices / samples."
 )
 
 # The question that each group of metrics answers.
@@ -256,14 +256,14 @@ def sections_of(evaluation: Evaluation) -> list[Section]:
     """Pictures first, then each group of metrics, then the notes."""
     low, high = evaluation.window
     text = (
-        f"All at the same window, {low:g} to {high:g} HU. Samples are taken at even distances from "
-        "the list: none is chosen."
+        f"All slices are shown in the same window, {low:g} to {high:g} HU. Samples are taken at "
+        "even distances from the list. None is chosen."
     )
     if evaluation.paired:
         text += (
-            " Each row: the real slice whose contour was asked for, with that contour; the sample; "
-            "the sample with the contour. Another patient with such lungs was asked for, not a "
-            "copy: the tissue should differ."
+            " Each row: the real slice with the contour that was asked for; the sample; the sample "
+            "with the contour. A sample should be another patient with the same lungs, so its "
+            "tissue should differ."
         )
     sections = [Section("Samples beside real slices", text, pictures=evaluation.pictures)]
     for title, group in evaluation.groups.items():
