@@ -44,8 +44,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import checkpoint, ct, dicom, disk, export, tables, volumes
+from fibldm.config import read_settings
 from fibldm.encoding import LatentDataset
-from fibldm.journal import read_settings
 from fibldm.tables import SPLITS, Row, Split
 from fibldm.vae import VAE
 

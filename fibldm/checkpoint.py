@@ -318,10 +318,10 @@ def read_start(
 
 
 def save_training(
-    path: str | Path, kind: str, parts: dict[str, Stateful], lineage: dict, **progress: Any
+    path: str | Path, kind: str, components: dict[str, Stateful], lineage: dict, **progress: Any
 ) -> None:
-    """Write a training's whole state: each part's state_dict, lineage, and plain progress."""
-    states = {name: part.state_dict() for name, part in parts.items()}
+    """Write a training's whole state: each component's, lineage, and plain progress."""
+    states = {name: component.state_dict() for name, component in components.items()}
     content = {"version": VERSION, "kind": kind, "lineage": lineage, "states": states}
     content["environment"] = environment()
     save(path, {**content, **progress})
@@ -330,11 +330,11 @@ def save_training(
 def load_training(
     path: str | Path,
     kind: str,
-    parts: dict[str, Stateful],
+    components: dict[str, Stateful],
     lineage: dict,
     unchecked: Collection[str] = (),
 ) -> dict:
-    """Restore each part from what `save_training` wrote; return the file's content.
+    """Restore each component from what `save_training` wrote; return the file's content.
 
     What differs in the lineage is refused, but for the names in `unchecked`.
     """
@@ -348,10 +348,10 @@ def load_training(
             "the input changed since this run began; train into another --save_dir",
         )
     found = sorted(content.get("states", {}))
-    require_equal(f"{path}: its parts", found, sorted(parts), "it belongs to other options")
-    for name, part in parts.items():
+    require_equal(f"{path}: its parts", found, sorted(components), "it belongs to other options")
+    for name, component in components.items():
         try:
-            part.load_state_dict(content["states"][name])
+            component.load_state_dict(content["states"][name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: its {name} does not fit the one that these options build: {error}"

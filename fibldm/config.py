@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from fibldm import limits
+
 CONFIG_BYTES = 2**20  # of a file for --config, at most
 NOT_OPTIONS = ("environment", "samples_of")  # what args.json has besides options
 ABSENT = object()
@@ -142,6 +144,17 @@ def read_config(file: Path) -> dict[str, Any]:
         entries = modernized(entries)
     nothing = (None, "", "~", "null")
     return {n: None if v in nothing else v for n, v in entries.items() if n not in NOT_OPTIONS}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What args.json holds; ValueError where it is damaged."""
+    try:
+        settings = limits.read_json(file)
+        if not isinstance(settings, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
+    return settings
 
 
 def modernized(settings: dict[str, Any]) -> dict[str, Any]:

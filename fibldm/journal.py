@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fibldm import distributed, limits
+from fibldm import distributed
 from fibldm.batches import Progress
 from fibldm.checkpoint import Stateful, environment, load_training, save_model, save_training
-from fibldm.config import modernized
+from fibldm.config import modernized, read_settings
 from fibldm.disk import TEMPORARY, keep, lock, replace_text
 from fibldm.distributed import warn
 from fibldm.tracking import track
@@ -195,9 +195,10 @@ class RunFolder:
     # Before a cooldown of the learning rate.
 
     def keep_checkpoints(self, step: int) -> None:
-        """Keep the checkpoints of this step, in place of those kept before: see `go_back`."""
+        """At this step keep the checkpoints, in place of those kept before: see `go_back`."""
         kept = self.path / f"kept_{step:07d}"
-        if not distributed.is_main() or kept.is_dir():
+        due = 0 < step == self.progress.step and not kept.is_dir()
+        if not due or not distributed.is_main():
             return
         with self.keep_going(kept):
             partial = kept.with_name(f"{TEMPORARY}{kept.name}")
@@ -251,7 +252,7 @@ class RunFolder:
         return trial
 
     @contextlib.contextmanager
-    def removed(self) -> Iterator[None]:
+    def temporary(self) -> Iterator[None]:
         """The folder is there for a while, for the main process."""
         if distributed.is_main():
             (self.path / "samples").mkdir(parents=True, exist_ok=True)
@@ -393,14 +394,3 @@ def _step_of(row: str, validated: int) -> float:
         return float("inf") if undone else values["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """What args.json holds; ValueError where it is damaged."""
-    try:
-        settings = limits.read_json(file)
-        if not isinstance(settings, dict):
-            raise ValueError("expected an object")
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
-    return settings

@@ -79,8 +79,8 @@ class Guard:
         if distributed.is_main():
             found = [{n: list(map(str, v)) for n, v in values.items()} for values in by_rank]
             content = {"step": step, "rows": batches.rows_of(step), "seed": self.plan.seed}
-            content |= {"scaler": scaler, "values_by_rank": found}
-            content |= {"checkpoint_step": self.folder.saved_step}
+            content |= {"scaler": scaler, "checkpoint_step": self.folder.saved_step}
+            content |= {"values_by_rank": found}
             replace_text(file, json.dumps(content, indent=2) + "\n")
         distributed.barrier()
         raise ValueError(
@@ -131,7 +131,7 @@ class Run:
         self.folder = RunFolder(folder, settings or asdict(plan), device, plan.keep_last)
         self.guard = Guard(plan, self.folder)
         self.journal: Journal | None = None  # of the main process
-        self.batches: Batches | None = None
+        self.batches: Batches | None = None  # once `batches_of` has made them
         self.signal, self.handlers = 0, {}  # the one that came; those before this run
         self.saved = True  # nothing is lost before the first step
         self.stopping = False
@@ -212,7 +212,7 @@ class Run:
             raise SystemExit(0)
         if plan.validates_after(progress.step) and progress.validated < progress.step:
             self._validate(validate)  # what a kill has left out
-        self._keep_before_cooldown()
+        self.folder.keep_checkpoints(plan.kept_at)
         self.first, self.started, loaded = progress.step, time.monotonic(), iter(load())
         steps, name = range(self.first + 1, plan.steps + 1), self.folder.path.name
         quiet = None if distributed.is_main() else True
@@ -233,12 +233,12 @@ class Run:
         """A trial, so that memory, disk, metrics or data fail now and not after hours."""
         started, step, before = time.monotonic(), self.progress.step + 1, io.BytesIO()
         components = self.folder.components
-        torch.save({name: part.state_dict() for name, part in components.items()}, before)
+        torch.save({name: one.state_dict() for name, one in components.items()}, before)
         folder, self.folder = self.folder, self.folder.trial()
         loaded = iter(load())
         yield step, ((micro, next(loaded)) for micro in self.batches.micro_batches(step))
         self.progress.step = step
-        with self.folder.removed():
+        with self.folder.temporary():
             validate(step)
             self.folder.save()
             size = self.folder.last.stat().st_size if distributed.is_main() else 0
@@ -248,16 +248,13 @@ class Run:
         distributed.barrier()
         before.seek(0)
         states = torch.load(before, map_location="cpu", weights_only=True)
-        for name, part in components.items():
-            part.load_state_dict(states[name])
-        memory = ""
+        for name, component in components.items():
+            component.load_state_dict(states[name])
+        took = f"{size / 2**20:.0f} MiB in {time.monotonic() - started:.0f} s"
         if self.device.type == "cuda":
             peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-            memory = f", {peak / GIB:.1f} of {total / GIB:.1f} GiB of the GPU"
-        say(
-            f"preflight: a step, a validation and a checkpoint of {size / 2**20:.0f} MiB in "
-            f"{time.monotonic() - started:.0f} s{memory}; undone"
-        )
+            took += f", {peak / GIB:.1f} of {total / GIB:.1f} GiB of the GPU"
+        say(f"preflight: a step, a validation and a checkpoint of {took}; undone")
 
     # Within a step.
 
@@ -280,7 +277,7 @@ class Run:
         All ranks get the same answer, and agree on whether to stop after it and on rows that
         cannot be read. ValueError where too many steps in a row, or too many images, were bad.
         """
-        guard, step = self.guard, self.progress.step + 1
+        guard = self.guard
         stop = self.signal != 0 or time.monotonic() > self.deadline
         bad_loss, bad_gradient, stop, unreadable = guard.judge(grad_norm, stop)
         finite = not (bad_loss or bad_gradient)
@@ -295,7 +292,7 @@ class Run:
         if finite:
             guard.accept()
         else:
-            scaler = self.folder.components.get("scaler")
+            scaler, step = self.folder.components.get("scaler"), self.progress.step + 1
             overflow = not bad_loss and scaler is not None and scaler.get_scale() > 1
             guard.refuse(step, self.batches, scaler.state_dict() if scaler else {}, overflow)
         return finite
@@ -313,8 +310,7 @@ class Run:
         if 0 < plan.cooling_from < step:
             progress.cooling_from = plan.cooling_from
         if self.stopping or plan.logs_after(step):
-            seconds = time.monotonic() - self.started
-            speed = (step - self.first) * plan.batch_size / seconds
+            speed = (step - self.first) * plan.batch_size / (time.monotonic() - self.started)
             self.log(step, {**self.guard.pop_means(), "images_per_s": speed}, "train")
         saves = self.stopping or plan.saves_after(step)
         saved = saves and self.save(self.stopping or step == plan.steps)
@@ -322,7 +318,7 @@ class Run:
             self._stop(saved)
         if plan.validates_after(step):
             self._validate(validate)
-        self._keep_before_cooldown()
+        self.folder.keep_checkpoints(plan.kept_at)
 
     def _validate(self, validate: Validate) -> None:
         begun, step = time.monotonic(), self.progress.step
@@ -330,10 +326,6 @@ class Run:
         self.progress.validated = step
         self.save(step == self.plan.steps)
         self.started += time.monotonic() - begun  # images_per_s is of training alone
-
-    def _keep_before_cooldown(self) -> None:
-        if 0 < self.progress.step == self.plan.kept_at:
-            self.folder.keep_checkpoints(self.progress.step)
 
     def save(self, at_the_end: bool = False) -> bool:
         """Write last.pth; whether it could be written.
@@ -372,8 +364,8 @@ class Run:
         """Leave, all ranks after the same step."""
         why = "" if math.isinf(self.deadline) or self.signal else " by --time_limit"
         done = "all saved" if saved else self.folder.where_saved()
-        step = self.progress.step
-        say(f"stopped after step {step}{why}, {done}; the same command goes on from there")
+        step = f"step {self.progress.step}"
+        say(f"stopped after {step}{why}, {done}; the same command goes on from there")
         self.close()
         distributed.barrier()  # else torchrun would end those that are still at it
         raise SystemExit(STOPPED)
@@ -404,6 +396,5 @@ class Run:
             return
         row = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         self.journal.write({"step": step, **row})
-        shown = {name: value for name, value in values.items() if not name.startswith("loss_t")}
-        line = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
-        say(f"step {step}/{self.plan.steps}  {prefix}: {line}")
+        shown = [f"{n} {float(v):.4g}" for n, v in values.items() if not n.startswith("loss_t")]
+        say(f"step {step}/{self.plan.steps}  {prefix}: {'  '.join(shown)}")

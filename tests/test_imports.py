@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "disk": set(),
     "checkpoint": {"disk", "limits"},
     "tracking": {"disk"},
-    "journal": {"batches", "checkpoint", "config", "disk", "distributed", "limits", "tracking"},
+    "journal": {"batches", "checkpoint", "config", "disk", "distributed", "tracking"},
     "limits": set(),
     "dicom": {"limits"},
     "volumes": {"dicom", "limits"},
@@ -89,7 +89,7 @@ MAY_IMPORT = {
     },
     "report": {"disease", "disk", "evaluation", "metrics"},
     "batches": {"distributed", "optim"},
-    "config": set(),
+    "config": {"limits"},
     "cli": {"config", "distributed", "optim"},
     "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "tracking"},
     "reconstruction": {
