@@ -130,8 +130,8 @@ def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
             shift = *(mask.corner - volume.corner), (mask.heights - volume.heights)[furthest]
             _require_near(source.mask, shift, str(source.path))
     for i, (image, height) in enumerate(zip(volume.values, heights, strict=True)):
-        part = None if masks is None else masks[i]
-        yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, part, source)
+        mask = None if masks is None else masks[i]
+        yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, mask, source)
 
 
 def _read_mask(path: Path, options: Options) -> volumes.Volume:
