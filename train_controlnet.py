@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
             run.save_best("controlnet_best.pth", ema.model, window=window, step=step)
 
     # Train.
-    # Between the steps, run.steps logs, saves, validates and stops; a trial of all comes first.
+    # Between the steps, run.steps logs, saves, validates and stops; first comes a preflight.
     load = partial(training_batches, data, batches, "control", 2, device)
     for step, micro_batches in run.steps(load, validate):
         for micro, (x0, contour, label, noise, draws) in micro_batches:

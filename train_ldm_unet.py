@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
             run.save_best("unet_best.pth", ema.model, **facts, step=step)
 
     # Train.
-    # Between the steps, run.steps logs, saves, validates and stops; a trial of all comes first.
+    # Between the steps, run.steps logs, saves, validates and stops; first comes a preflight.
     load = partial(training_batches, data, batches, "unet", 3, device)
     for step, micro_batches in run.steps(load, validate):
         for micro, (x0, contour, label, noise, draws) in micro_batches:

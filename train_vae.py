@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
             run.save_best("vae_best.pth", best, window=args.window, split=asdict(split), step=step)
 
     # Train.
-    # Between the steps, run.steps logs, saves, validates and stops; a trial of all comes first.
+    # Between the steps, run.steps logs, saves, validates and stops; first comes a preflight.
     load = partial(load_batches, data, batches, args.num_workers)
     for step, micro_batches in run.steps(load, validate):
         for micro, batch in micro_batches:

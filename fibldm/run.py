@@ -1,4 +1,4 @@
-"""Conducts a training: its steps, when it logs, saves, validates and stops, and a trial of all."""
+"""Conducts a training: its steps, and when to log, save, validate and stop; first a preflight."""
 
 import io
 import json
@@ -200,8 +200,8 @@ class Run:
     ) -> Iterator[tuple[int, Iterator[tuple[MicroBatch, Batch]]]]:
         """The steps that are left, each with this rank's micro-batches; all else comes in between.
 
-        `load` begins to load the batches, in their order. A step, a validation and a save are
-        tried first, at full size, and undone.
+        `load` begins to load the batches, in their order. First comes the preflight: a step, a
+        validation and a save at full size, which are undone.
         """
         plan, progress = self.plan, self.progress
         if progress.step < plan.steps and (plan.dry_run or not plan.no_preflight):
@@ -230,7 +230,7 @@ class Run:
         self.close()
 
     def _rehearse(self, load: Callable[[], Iterable[Batch]], validate: Validate) -> Iterator[tuple]:
-        """A trial, so that memory, disk, metrics or data fail now and not after hours."""
+        """The preflight: what would fail after hours, for lack of memory or disk, fails now."""
         started, step, before = time.monotonic(), self.progress.step + 1, io.BytesIO()
         components = self.folder.components
         torch.save({name: one.state_dict() for name, one in components.items()}, before)
