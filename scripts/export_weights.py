@@ -81,10 +81,13 @@ def describe_report(folder: Path) -> list[str]:
     """Every number of a report with its interval and baseline, as a table."""
     try:
         groups = limits.read_json(folder / "metrics.json")["groups"]
-        scores = [score for group in groups.values() for score in group["scores"]]
-        rows = [
-            (s["name"], *(s[name] for name in ("value", "low", "high", "baseline"))) for s in scores
-        ]
+        rows = []
+        for group, content in groups.items():
+            question, _, label = group.partition(": ")
+            for s in content["scores"]:  # of disease the source says what a number is of
+                name = s["source"] if question == "Disease" else s["name"]
+                name += f", {label}" if label else ""
+                rows.append((name, s["value"], s["low"], s["high"], s["baseline"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--report {folder}: no metrics.json of evaluate.py: {error}") from error
 
