@@ -79,15 +79,15 @@ def test_the_card_is_filled_in_and_names_nobody(exported, phantoms, stages):
 
 def test_the_card_has_a_reports_numbers(stages, tmp_path):
     score = {"name": "KID", "value": 0.0123, "low": 0.01, "high": 0.02, "baseline": None}
-    mean = {**score, "name": "mean", "source": "distance: mean attenuation (HU)"}
+    mean = {**score, "name": "mean", "source": "|distance| of attenuation (HU)"}
     groups = {"Realism": [score], "Disease": [mean], "Disease: fibrosis": [mean]}
     content = {"groups": {name: {"scores": scores} for name, scores in groups.items()}}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     run(*(stages / kind for kind in KINDS), "--output", tmp_path / "out", "--report", tmp_path)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| KID | 0.0123 | 0.01 to 0.02 | - |" in card
-    assert "| distance: mean attenuation (HU) |" in card
-    assert "| distance: mean attenuation (HU), fibrosis |" in card
+    assert r"| mean (\|distance\| of attenuation (HU)) | 0.0123 |" in card
+    assert r"| mean (\|distance\| of attenuation (HU)), fibrosis | 0.0123 |" in card
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no metrics\.json of evaluate\.py"):
         run(stages / "vae", "--output", tmp_path / "other", "--report", tmp_path)
