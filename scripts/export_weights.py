@@ -86,8 +86,8 @@ def describe_report(folder: Path) -> list[str]:
             question, _, label = group.partition(": ")
             for s in content["scores"]:  # of disease the source says what a number is of
                 name = s["name"] + (f" ({s['source']})" if question == "Disease" else "")
-                name += f", {label}" if label else ""
-                rows.append((name.replace("|", r"\|"), s["value"], s["low"], s["high"], s["baseline"]))
+                name = (name + (f", {label}" if label else "")).replace("|", r"\|")
+                rows.append((name, s["value"], s["low"], s["high"], s["baseline"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--report {folder}: no metrics.json of evaluate.py: {error}") from error
 
