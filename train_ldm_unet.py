@@ -60,7 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of slices whose contour is withheld in training",
     )  # fmt: skip
     cli.add_diffusion_options(parser, steps=50_000, batch_size=64, lr=2e-4)
-    cli.add_machine_options(parser)
+    cli.add_machine_options(parser, workers=False)
+    parser.rare.add_argument(
+        "--num_workers", type=cli.worker_count, default=0,
+        help="unused: latents are read while the step before is computed",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

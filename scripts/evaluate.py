@@ -13,7 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import ct, distributed
 from fibldm.checkpoint import load, require_equal
-from fibldm.cli import add_workers_option, fraction, make_parser, positive, run_script
+from fibldm.cli import (
+    add_window_option,
+    add_workers_option,
+    fraction,
+    integer,
+    make_parser,
+    positive,
+    run_script,
+)
 from fibldm.disk import file_hash
 from fibldm.evaluation import evaluate
 from fibldm.features import use_weights
@@ -45,13 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--{name}_fraction", type=fraction,
             help="of patients, as train_vae.py had it (unset: the VAE's, else 0.1)",
         )  # fmt: skip
-    add("--split_seed", type=int, help="as train_vae.py had it (unset: the VAE's, else 0)")
-    add(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="HU of the data's window (unset: the VAE's, else -1000 400)",
-    )  # fmt: skip
+    add("--split_seed", type=integer, help="as train_vae.py had it (unset: the VAE's, else 0)")
+    add_window_option(parser, None, "HU of the data's window (unset: the VAE's, else -1000 400)")
     add("--draws", type=positive, default=200, help="bootstrap resamples of each interval")
-    add("--seed", type=int, default=0, help="of resamples and halves")
+    add("--seed", type=integer, default=0, help="of resamples and halves")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--weights_dir", type=Path,
@@ -60,10 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add_workers_option(parser)
     add("--date", default=date.today().isoformat(), help="that the report shows")
-    args = parser.parse_args(argv)
-    if args.window is not None and args.window[0] >= args.window[1]:
-        parser.error(f"--window {args.window[0]:g} {args.window[1]:g}: expected LOW below HIGH")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_split(args: argparse.Namespace, content: dict) -> Split:
