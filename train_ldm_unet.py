@@ -47,8 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     model.add_argument(
         "--dropout", type=cli.fraction, default=0.0,
-        help="share of features withheld at random; with few patients, 0.1 helps against learning "
-        "them by heart",
+        help="share of features withheld at random; 0.1 helps against memorization of few patients",
     )  # fmt: skip
     model.add_argument(
         "--init_checkpoint", metavar="FILE",

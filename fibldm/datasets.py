@@ -273,7 +273,7 @@ class CTDataset(Dataset):
 
 
 def stat_files(paths: Sequence[Path]) -> list[os.stat_result]:
-    """What the file system says of the files, many at a time: it may be far away.
+    """What the file system says of the files, many at a time: a network file system answers late.
 
     Raises OSError with the name of a file that is not there.
     """

@@ -34,7 +34,7 @@ class Split:
     test_fraction: float = 0.1
 
     def of(self, patient_id: str) -> str:
-        """A stable hash of seed and patient decides, so that more patients reshuffle nobody."""
+        """A stable hash of seed and patient decides, so new patients do not move others."""
         digest = hashlib.sha256(f"{self.seed}:{patient_id}".encode()).digest()
         position = int.from_bytes(digest[:8], "big") / 2**64
         if position < self.val_fraction:
@@ -232,7 +232,7 @@ def _require_header(path: str | Path, header: list[str]) -> None:
 
 
 def require_one_of_each(path: str | Path, columns: Sequence[str]) -> None:
-    """ValueError where two columns have one name; those without a name are nobody's."""
+    """ValueError where two columns have one name; those without a name do not count."""
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
         raise ValueError(f"{path}: several columns are named {twice[0]!r}, expected one")
@@ -353,7 +353,7 @@ def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProble
 
 def missing_files(root: Path, names: Sequence[str]) -> list[str]:
     """Those of the names below `root` that are no files. A folder is listed once: to ask for each
-    of its files takes long where the disk is far away.
+    of its files takes long on a network file system.
     """
     there: dict[str, set[str]] = {}
     missing = []
@@ -371,7 +371,7 @@ def missing_files(root: Path, names: Sequence[str]) -> list[str]:
 
 
 def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
-    """Patients that are in two splits, and a split that training needs and nobody is in."""
+    """Patients that are in two splits, and a split that training needs and that is empty."""
     parts: dict[str, str] = {}
     torn: dict[str, str] = {}
     for row in rows:
