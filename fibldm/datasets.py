@@ -196,9 +196,9 @@ class CTDataset(Dataset):
         with the same size and time of change, is not decoded again; without `update` it is only
         read. Raises ValueError with a list of the bad rows where they are more than `max_bad`.
         """
-        mine = distributed.share(self.slices)
-        known, versions = self._read_record(record), self._versions(mine)
-        unknown = [row for row, version in zip(mine, versions, strict=True) if version not in known]
+        own = distributed.share(self.slices)
+        known, versions = self._read_record(record), self._versions(own)
+        unknown = [row for row, version in zip(own, versions, strict=True) if version not in known]
         quiet = None if distributed.is_main() and unknown else True
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             decoded = pool.map(self._size_or_problem, unknown)
@@ -206,7 +206,7 @@ class CTDataset(Dataset):
         results = dict(zip(unknown, found, strict=True))
         checked = [
             (version, results[row] if row in results else known[version])
-            for row, version in zip(mine, versions, strict=True)
+            for row, version in zip(own, versions, strict=True)
         ]
         everywhere = [pair for part in distributed.gather(checked) for pair in part]
         sound = {pair[0]: pair[1] for pair in everywhere if not isinstance(pair[1], str)}

@@ -122,11 +122,11 @@ def _encode_rows(
 ) -> bool:
     """Fill this rank's rows of the arrays; whether all of its latents are finite."""
     position = {row: i for i, row in enumerate(dataset.indices("val", "test"))}
-    mine = chunks(distributed.share(len(dataset)), batch_size)
-    loaded = ahead(load_slices(dataset, mine, workers, device))
+    own = chunks(distributed.share(len(dataset)), batch_size)
+    loaded = ahead(load_slices(dataset, own, workers, device))
     encoded, before, finite = None, [], True
     quiet = None if distributed.is_main() else True
-    for batch, images in tqdm(loaded, "encoding", len(mine), disable=quiet):
+    for batch, images in tqdm(loaded, "encoding", len(own), disable=quiet):
         distributed.alive()
         rows, last = batch["row"].tolist(), encoded
         with torch.no_grad():
