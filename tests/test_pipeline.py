@@ -772,7 +772,7 @@ def test_two_processes_encode_and_sample_as_one(stages, phantoms, tmp_path):
     torchrun(encode_dataset, [*table, *vae, "--output_dir", latents, "--num_workers", "0"])
     one, two = LatentDataset(stages / "latents"), LatentDataset(latents)
     assert np.allclose(one.latents[:], two.latents[:], atol=1e-5)
-    assert np.array_equal(one.contours[:], two.contours[:]) and one.rows == two.rows
+    assert np.array_equal(one.contours[:], two.contours[:]) and one.table.equals(two.table)
 
     wanted = ["--latent_data_dir", stages / "latents", "--num_samples", "5", "--format", "npy"]
     run(sample, sample_options(stages, tmp_path / "one", *wanted))
