@@ -20,7 +20,7 @@ from fibldm.synthesis import ATTEMPTS
 from fibldm.tables import Row, list_some, read_csv, write_csv
 
 COLUMNS = ("file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet")
-LEFT = ("args.json", "samples.csv", "dataset.json")  # what a run leaves beside its samples
+LEFT = ("samples.csv", "dataset.json", "args.json")  # what a run leaves beside its samples
 
 
 def describe_copies(copies: Sequence[tuple[int, str]], left_out: Sequence[str]) -> str:

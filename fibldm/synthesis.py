@@ -148,6 +148,8 @@ class Synthesizer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if Path(vae).is_dir():  # of scripts/export_weights.py
+            if unet is not None or controlnet is not None:
+                raise ValueError(f"{vae}: a folder has all models in it; give no others beside it")
             files = [Path(vae) / f"{model.kind}.safetensors" for model in (VAE, UNet, ControlNet)]
             vae, unet, controlnet = files[0], *(f if f.is_file() else None for f in files[1:])
         if unet is None and controlnet is not None:

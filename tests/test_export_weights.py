@@ -58,6 +58,11 @@ def test_exported_weights_keep_their_lineage(stages, exported):
     Synthesizer.from_checkpoints(stages / "vae" / "vae_best.pth", exported / "unet.safetensors")
 
 
+def test_a_folder_takes_no_models_beside_it(stages, exported):
+    with pytest.raises(ValueError, match="give no others beside it"):
+        Synthesizer.from_checkpoints(exported, stages / "unet" / "unet_best.pth")
+
+
 def test_other_tools_read_the_weights(exported):
     state = safetensors.torch.load_file(exported / "vae.safetensors")
     assert state and all(name.isascii() for name in state)
