@@ -250,7 +250,8 @@ class CTDataset(Dataset):
             content = read_json(record, TEXT) if record is not None else {}
             if content["reading"] != self._reading():
                 return {}
-            return {version: tuple(size) for *size, found in content["sizes"] for version in found}
+            sizes = content["sizes"]
+            return {name: (int(h), int(w)) for h, w, names in sizes for name in names}
         except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: check all again
             return {}
 

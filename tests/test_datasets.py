@@ -312,7 +312,10 @@ def test_a_record_of_another_reading_or_a_damaged_one_counts_for_nothing(tmp_pat
     csv_file, record = make_data(tmp_path / "data"), tmp_path / "checked.json"
     dataset_of(csv_file).check(record)
     content = record.read_text()
-    for text in ("", content[:-30], "[]", "{}", '{"reading": null, "sizes": 3}', "[" * 5000):
+    damaged = ["", content[:-30], "[]", "{}", '{"reading": null, "sizes": 3}', "[" * 5000]
+    damaged += [content.replace("[[16, 16,", start) for start in ('[["a", 16,', "[[16,")]
+    for text in damaged:
+        assert text != content
         record.write_text(text)
         decoded.clear()
         dataset_of(csv_file).check(record)
