@@ -133,8 +133,6 @@ def main(args: argparse.Namespace) -> None:
     count = args.num_samples or (16 if args.unconditional else len(names))
     if output.whole:
         return say(f"{output.folder} holds these samples already; nothing to draw")
-    if args.dry_run:
-        return say(f"--dry_run: {count} samples can be drawn into {output.folder}")
 
     # Sample: each rank its part, but what is there since an earlier start.
     own, attempts, copies = distributed.share(count), {}, []
@@ -148,6 +146,8 @@ def main(args: argparse.Namespace) -> None:
         asked.contours, asked.labels, indices=chain(*batches), seed=args.seed,
         batch_size=size, avoid=avoid, copies=True, **asdict(how),
     )  # fmt: skip
+    if args.dry_run:
+        return say(f"--dry_run: {count} samples can be drawn into {output.folder}")
     pixel_spacing = args.pixel_spacing or model.pixel_spacing
     if distributed.is_main():
         output.open(model.window, pixel_spacing)

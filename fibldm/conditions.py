@@ -1,7 +1,8 @@
 """What samples are asked to show: contours and labels, from arrays, files and latent data sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,9 +131,11 @@ def conditions_of(
 
 def label_name(label: Label) -> str:
     """A label in words: a class name, "normal=0.4 fibrosis=0.6", or "" for none."""
-    if isinstance(label, Mapping):
-        return " ".join(f"{name}={weight:g}" for name, weight in label.items())
-    return label or ""
+    if not isinstance(label, Mapping):
+        return label or ""
+    short = {name: f"{weight:g}" for name, weight in label.items()}
+    exact = {n: text if float(text) == label[n] else label[n] for n, text in short.items()}
+    return " ".join(f"{name}={text}" for name, text in exact.items())
 
 
 def parse_label(words: Sequence[str], classes: Sequence[str]) -> Label:
@@ -154,7 +157,12 @@ def read_label(label: Label, classes: Sequence[str]) -> int | list[float]:
     """The class's number, NO_LABEL, or a weight for each class; ValueError if unknown."""
     if label is None or label == "":
         return NO_LABEL
+    if not isinstance(label, str | Mapping):
+        raise ValueError(f"label {label!r}: expected a class name, or {{name: weight}}")
     weights = {label: 1.0} if isinstance(label, str) else dict(label)
+    words = [weight for weight in weights.values() if not isinstance(weight, Real)]
+    if words:
+        raise ValueError(f"label: weight {words[0]!r}, expected a number")
     unknown = [str(name) for name in weights if name not in classes]
     if unknown:
         raise ValueError(
@@ -177,13 +185,15 @@ def read_labels(
 ) -> tuple[list[str], list[int] | list[list[float]]]:
     """Labels of `contours` contours, or of none: their names, and what the U-Net takes.
 
-    One label is that of all. Where one is a mixture, classes become weights too.
+    A single label is that of all. Where one is a mixture, classes become weights too.
     """
-    if labels is None or isinstance(labels, str | Mapping):
-        labels = [labels] * (contours or 1)
-    labels = list(labels)
+    several = isinstance(labels, Iterable) and not isinstance(labels, str | Mapping)
+    labels = list(labels) if several else [labels]
+    if len(labels) == 1:
+        labels *= contours or 1
     if not labels or len(labels) != (contours or len(labels)):
-        raise ValueError(f"labels: {len(labels)} given, expected one, or {contours} (contours)")
+        expected = "one" if contours is None else f"1 or {contours}, as there are contours"
+        raise ValueError(f"labels: {len(labels)} given, expected {expected}")
     numbers = [read_label(label, classes) for label in labels]
     if any(isinstance(number, list) for number in numbers):
         if NO_LABEL in numbers:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fibldm import ct, export
 from fibldm.batches import item_noise
-from fibldm.checkpoint import load_model, require_equal, source_hash
+from fibldm.checkpoint import load, load_model, require_equal, source_hash
 from fibldm.conditions import ContourForm, Label, fit_contours, read_labels
 from fibldm.controlnet import ControlNet, make_denoiser
 from fibldm.optim import Precision
@@ -159,21 +160,21 @@ class Synthesizer:
         facts = {"window": tuple(content["window"]), "split": Split(**content["split"])}
         lineage = [source_hash(vae)]
         unet_model = controlnet_model = None
+
+        def require_lineage(path: str | Path, kind: str, of: str, given: str | Path) -> None:
+            found, name = load(path, kind)["lineage"][of], {"vae": "VAE", "unet": "U-Net"}[of]
+            remedy = f"give the {name} it was trained with, not {given}"
+            require_equal(f"{path}: the SHA-256 of its {name}", found, lineage[-1], remedy)
+            lineage.append(source_hash(path))
+
         if unet is not None:
+            require_lineage(unet, UNet.kind, "vae", vae)
             unet_model, content = load_model(unet, UNet)
-            what, found = f"{unet}: the SHA-256 of its VAE", content["lineage"]["vae"]
-            require_equal(what, found, lineage[0], f"give the VAE it was trained with, not {vae}")
-            lineage.append(source_hash(unet))
-            facts |= {n: content.get(n) for n in ("classes", "contour_style", "pixel_spacing")}
-            unet_model = unet_model.to(device)
+            facts |= {n: content.get(n) for n in ("contour_style", "pixel_spacing")}
+            facts["classes"], unet_model = content["classes"], unet_model.to(device)
         if controlnet is not None:
-            controlnet_model, content = load_model(controlnet, ControlNet, unet_model)
-            what, remedy = (
-                f"{controlnet}: the SHA-256 of the U-Net it was trained with",
-                "give that",
-            )
-            require_equal(what, content["lineage"]["unet"], lineage[1], f"{remedy}, not {unet}")
-            lineage.append(source_hash(controlnet))
+            require_lineage(controlnet, ControlNet.kind, "unet", unet)
+            controlnet_model, _ = load_model(controlnet, ControlNet, unet_model)
             controlnet_model = controlnet_model.to(device)
         return cls(
             vae_model.to(device), unet_model, controlnet_model, **facts,
@@ -247,9 +248,12 @@ class Synthesizer:
         fitted = None if contours is None else fit_contours(contours, self.contour_form)
         count = None if fitted is None else len(fitted)
         names, numbers = read_labels(labels, self.classes, count)
-        items = list(range(len(names))) if indices is None else [int(i) for i in indices]
-        if batch_size < 1 or min(items, default=0) < 0:
-            raise ValueError(f"batch_size {batch_size}: expected at least 1; indices: from 0")
+        items = read_indices(range(len(names)) if indices is None else indices)
+        seed = as_integer("seed", seed)
+        if as_integer("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
+        if avoid is not None and not avoid.thresholds:
+            raise ValueError("avoid: not calibrated; held-out slices tell how near is too near")
         timesteps = self.scheduler.timesteps(how.steps, how.spacing)
         request = self.request_hash(fitted, names, seed, how, avoid)
         if fitted is None and not any(names):
@@ -368,6 +372,24 @@ class Synthesizer:
         latents = self.encode(images) if LATENTS in avoid.spaces else None
         matches = avoid.nearest(images if PIXELS in avoid.spaces else None, latents)
         return [str(avoid.patients[m.row]) if m.flagged else None for m in matches]
+
+
+def as_integer(name: str, value: object) -> int:
+    """A whole number, NumPy's too; ValueError for others, such as None or True."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} {value!r}: expected a whole number") from None
+
+
+def read_indices(indices: Iterable[int]) -> list[int]:
+    """Numbers of samples; ValueError where one is below 0, is no number, or comes twice."""
+    items = [as_integer("indices:", i) for i in indices]
+    if min(items, default=0) < 0 or len({*items}) < len(items):
+        raise ValueError("indices: expected numbers from 0, each once")
+    return items
 
 
 def without_copies(drawn: list[Sample]) -> list[Sample]:

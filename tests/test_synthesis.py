@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from conftest import ROOT, sample_options
 
 import sample as script
 from fibldm import ct, synthesis
+from fibldm.checkpoint import load, save_model
 from fibldm.conditions import parse_label, read_label
 from fibldm.encoding import LatentDataset
 from fibldm.export import SUFFIXES
 from fibldm.synthesis import Sample, Sampling, Synthesizer
-from fibldm.unet import NO_LABEL
+from fibldm.unet import NO_LABEL, UNet
 from fibldm.vae import LATENT_SCALE
 
 FAST = {"steps": 3}
@@ -88,15 +90,26 @@ def test_sample_i_follows_from_seed_and_i_alone(model, contours, sampler):
 
 
 def test_contours_of_any_size_style_and_type(model, contours):
-    expected = images(model.sample(contours, **FAST))
     large = contours.repeat(8, axis=2).repeat(8, axis=3)  # (M, 1, 256, 256)
     outlines = np.stack([ct.outline_mask(c) for c in large])
-    for given in (contours > 0, contours[:, 0], 255 * contours, large, large[:, 0] * 1.0, outlines):
-        np.testing.assert_allclose(images(model.sample(given, **FAST)), expected, atol=0.02)
     mixed = [contours[0, 0], large[1], outlines[2, 0]]
-    np.testing.assert_allclose(images(model.sample(mixed, **FAST)), expected, atol=0.02)
-    one = images(model.sample(contours[0, 0], **FAST))
-    np.testing.assert_allclose(one, expected[:1], atol=1e-4)
+    assert contours.any(axis=(1, 2, 3)).all() and (contours[0] != contours[1]).any()
+    for given in (
+        *(contours > 0, contours[:, 0], 255 * contours, 1.0 * contours, large, large[:, 0] * 1.0),
+        *(outlines, mixed),
+    ):
+        drawn = list(model.sample(given, **FAST))
+        np.testing.assert_array_equal(np.stack([one.contour for one in drawn]), contours)
+    (one,) = model.sample(contours[0, 0], **FAST)
+    np.testing.assert_array_equal(one.contour, contours[0])
+
+
+def test_what_is_drawn_follows_the_contour(stages, contours):
+    model = Synthesizer.from_checkpoints(*paths(stages)[:2], device="cpu")
+    model.unet.encoder.conv_in.weight[:, 4:] *= 100  # a few steps leave little of a contour
+    model.unet.decoder.conv_out.weight *= 10
+    drawn, others = (images(model.sample(c, **FAST)) for c in (contours, contours[[1, 2, 0]]))
+    assert np.abs(drawn - others).max(axis=(1, 2)).min() > 0.01
 
 
 def test_a_label_asks_for_its_class_and_a_mixture_for_what_lies_between(stages, contours):
@@ -179,10 +192,18 @@ def test_encode_and_decode_are_the_vae(model, phantoms, stages):
     np.testing.assert_allclose(model.decode(latents), expected, atol=1e-5)
 
 
+class NotCalibrated:
+    thresholds: ClassVar[dict] = {}
+
+
 BAD = {
     "expected one of them, or weights": {"labels": "sarcoidosis"},
     "weights that sum to 1.5": {"labels": {"normal": 1, "fibrosis": 0.5}},
-    "labels: 2 given, expected one, or 3": {"labels": ["normal", "normal"]},
+    "labels: 2 given, expected 1 or 3": {"labels": ["normal", "normal"]},
+    "labels: 0 given": {"labels": []},
+    "label 1: expected a class name": {"labels": 1},
+    "label nan: expected a class name": {"labels": [float("nan")] * 3},
+    "weight '1', expected a number": {"labels": {"normal": "1"}},
     "None beside mixtures": {"labels": [None, {"normal": 1}, "normal"]},
     "sampling steps": {"steps": 0},
     "sampler 'euler'": {"sampler": "euler"},
@@ -191,7 +212,11 @@ BAD = {
     "guidance_rescale": {"guidance_rescale": 2},
     "guidance_scale nan": {"guidance_scale": float("nan")},
     "batch_size": {"batch_size": 0},
-    "indices": {"indices": [-1]},
+    "from 0, each once": {"indices": [-1]},
+    "each once": {"indices": [1, 1]},
+    "indices: True: expected a whole number": {"indices": [True, False]},
+    "seed None: expected a whole number": {"seed": None},
+    "not calibrated": {"avoid": NotCalibrated()},
 }
 
 
@@ -215,6 +240,15 @@ def test_contours_that_are_none_are_refused(model, contours):
             model.sample(bad, **FAST)
 
 
+def wider(unet: Path, path: Path) -> Path:
+    """A U-Net of the same VAE with other widths, as a file."""
+    content = load(unet, UNet.kind)
+    config = {**content["config"], "channels": [16, 16]}
+    facts = {name: content[name] for name in ("classes", "window", "contour_style")}
+    save_model(path, UNet(**config), dict(content["lineage"]), **facts)
+    return path
+
+
 def test_models_that_do_not_belong_together_are_refused(stages, tmp_path):
     vae, unet, controlnet = paths(stages)
     with pytest.raises(ValueError, match="expected a unet checkpoint, found kind 'controlnet'"):
@@ -226,6 +260,8 @@ def test_models_that_do_not_belong_together_are_refused(stages, tmp_path):
     torch.save({**content, "step": 1}, other)
     with pytest.raises(ValueError, match=r"SHA-256 of its VAE.*give the VAE it was"):
         Synthesizer.from_checkpoints(other, unet)
+    with pytest.raises(ValueError, match=r"SHA-256 of its U-Net.*give the U-Net it was"):
+        Synthesizer.from_checkpoints(vae, wider(unet, tmp_path / "unet.pth"), controlnet)
     with pytest.raises(ValueError, match="sampling needs a U-Net"):
         Synthesizer.from_checkpoints(vae).sample()
 
@@ -243,6 +279,26 @@ def test_labels_as_typed():
 
 def test_no_label_has_the_number_that_the_u_net_knows():
     assert read_label(None, []) == read_label("", ["a"]) == NO_LABEL
+
+
+def test_one_label_in_a_list_and_numbers_of_numpy(model, contours):
+    numbers = {"seed": np.int64(3), "indices": np.arange(2)}
+    drawn = model.sample(contours, ["normal"], **numbers, **FAST)
+    assert [(s.label, s.seed, s.index) for s in drawn] == [("normal", 3, 0), ("normal", 3, 1)]
+
+
+def test_a_mixture_reads_back_as_it_was(model, contours):
+    third = {"normal": 1 / 3, "fibrosis": 2 / 3}
+    (one,) = model.sample(contours[:1], third, **FAST)
+    assert parse_label(one.label.split(), model.classes) == third
+
+
+@pytest.mark.parametrize("more", [["--label", "sarcoidosis"], ["--steps", "5000"]])
+def test_a_dry_run_refuses_what_cannot_be_drawn(more, stages, tmp_path):
+    options = ["--latent_data_dir", str(stages / "latents"), "--dry_run", *more]
+    with pytest.raises(ValueError, match=r"sarcoidosis|5000"):
+        script.main(script.parse_args(sample_options(stages, tmp_path / "out", *options)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_files_choose_the_format(model, contours, tmp_path):
