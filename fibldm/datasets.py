@@ -342,9 +342,13 @@ def fitting_workers(workers: int, needed: int) -> tuple[int, str | None]:
 def load_slices(
     dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Batches of slices, in order, and their images on the device."""
-    for batch in load_batches(dataset, batches, workers):
-        yield batch, to_device(batch["image"], device)
+    """Batches of slices, in order, and their images on the device.
+
+    The processes start here, not at the first batch, which a thread of `ahead` may ask for: one
+    that is forked from a pool's thread ends with exit code 1.
+    """
+    loaded = iter(load_batches(dataset, batches, workers))
+    return ((batch, to_device(batch["image"], device)) for batch in loaded)
 
 
 def ignore_signals(worker: int) -> None:

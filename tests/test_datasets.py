@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +20,15 @@ from small_data import SIZE, SPLIT, dataset_of, make_data, write_pair
 
 import train_vae
 from fibldm import ct, datasets
-from fibldm.datasets import CHECKED, CTDataset, Views, ahead, load_batches, shift_slices
+from fibldm.datasets import (
+    CHECKED,
+    CTDataset,
+    Views,
+    ahead,
+    load_batches,
+    load_slices,
+    shift_slices,
+)
 from fibldm.tables import Row, Split, read_table
 
 # Slices.
@@ -204,6 +213,18 @@ def test_ahead_raises_what_was_raised():
     assert next(items) == 1
     with pytest.raises(ValueError, match="torn"):
         next(items)
+
+
+def test_decoding_processes_of_a_thread_end_without_error(tmp_path):
+    """Else PyTorch raises "worker exited unexpectedly" wherever the main thread is by then."""
+    data = dataset_of(make_data(tmp_path))
+    items = ahead(load_slices(data, [[0, 1], [2], [3]], 1, torch.device("cpu")))
+    first, images = next(items)
+    assert first["row"].tolist() == [0, 1] and images.shape == (2, 1, SIZE, SIZE)
+    (process,) = multiprocessing.active_children()
+    assert [batch["row"].tolist() for batch, _ in items] == [[2], [3]]
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_shift_slices_moves_each_by_its_own_and_fills_with_air():
