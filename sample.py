@@ -13,13 +13,12 @@ from fibldm.checkpoint import environment
 from fibldm.conditions import Conditions, label_name
 from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
-from fibldm.privacy import Privacy
+from fibldm.privacy import Privacy, read_privacy
 from fibldm.samplers import SAMPLERS
 from fibldm.samples import SampleFolder, describe_copies
 from fibldm.scheduler import SPACINGS
 from fibldm.synthesis import ATTEMPTS, NEXT_SEED, Sampling, Synthesizer
 from fibldm.tables import SPLITS
-from fibldm.validation import read_privacy
 
 GRID = 32  # samples in grid.png
 # Options that may differ in a folder of the same samples.

@@ -39,12 +39,13 @@ from fibldm.features import inception_features, load_inception
 from fibldm.metrics import set_score
 from fibldm.optim import EMA, Precision
 from fibldm.panels import write_samples
+from fibldm.privacy import read_privacy
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
 from fibldm.tables import Split, read_table
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
-from fibldm.validation import dice, read_privacy
+from fibldm.validation import dice
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, CHANNELS, WIDTHS = 256, 16, 8, (128, 256, 512)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage as ndi
 
+from fibldm.encoding import LatentDataset
 from fibldm.likeness import THUMBNAIL, aligned_likeness, coarse_detail, thumbnails
 from fibldm.metrics import Score, interval, resamples
 
@@ -332,6 +333,24 @@ class Privacy:
                 )
             )  # fmt: skip
         return scores
+
+
+def read_privacy(data: LatentDataset, most: int | None = None) -> Privacy | None:
+    """The training latents, with thresholds by the held-out ones; None where these are too few.
+
+    most: training rows at most, evenly spaced over the patients. Copies of the others are not
+    found then. The thresholds hold all the same: held-out slices set them by the same rows that
+    samples are compared with, so that as few of them are flagged.
+    """
+    patients = data.table["patient_id"].to_numpy(str)
+    train, held = (np.array(data.indices(*s), int) for s in (("train",), ("val", "test")))
+    if len(held) < 2:
+        return None
+    if most is not None:
+        train = train[evenly_over(patients[train], most)]
+    privacy = Privacy(None, patients[train], Rows(data.latents, train))
+    privacy.calibrate(None, Rows(data.latents, held), patients[held])
+    return privacy
 
 
 def evenly_over(patients: Sequence[str], most: int) -> np.ndarray:

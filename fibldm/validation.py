@@ -17,7 +17,7 @@ from fibldm.features import Networks, missing_weights
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice, set_distances
 from fibldm.panels import write_samples
-from fibldm.privacy import Privacy, Rows, evenly_over
+from fibldm.privacy import read_privacy
 from fibldm.run import Run
 from fibldm.scheduler import diffusion_loss
 from fibldm.synthesis import Synthesizer
@@ -246,24 +246,6 @@ def everywhere(features: list[Tensor]) -> Tensor:
     """The features of all ranks, in the order of the ranks; (0, 0) of no image."""
     parts = [part for rank in distributed.gather(features) for part in rank]
     return torch.cat(parts) if parts else torch.empty(0, 0)
-
-
-def read_privacy(data: LatentDataset, most: int | None = None) -> Privacy | None:
-    """The training latents, with thresholds by the held-out ones; None where these are too few.
-
-    most: training rows at most, evenly spaced over the patients. Copies of the others are not
-    found then. The thresholds hold all the same: held-out slices set them by the same rows that
-    samples are compared with, so that as few of them are flagged.
-    """
-    patients = data.table["patient_id"].to_numpy(str)
-    train, held = (np.array(data.indices(*s), int) for s in (("train",), ("val", "test")))
-    if len(held) < 2:
-        return None
-    if most is not None:
-        train = train[evenly_over(patients[train], most)]
-    privacy = Privacy(None, patients[train], Rows(data.latents, train))
-    privacy.calibrate(None, Rows(data.latents, held), patients[held])
-    return privacy
 
 
 def dice(images: np.ndarray, contours: np.ndarray, window: tuple[float, float]) -> np.ndarray:

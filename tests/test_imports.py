@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "metrics": {"disk", "features"},
     "features": {"disk"},
     "weights": {"features"},
-    "privacy": {"likeness", "metrics"},
+    "privacy": {"encoding", "likeness", "metrics"},
     "disease": {"ct", "metrics"},
     "panels": {"disk"},
     "tables": {"disk", "limits"},

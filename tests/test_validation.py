@@ -14,11 +14,12 @@ from fibldm.batches import Plan, Progress
 from fibldm.checkpoint import load_model
 from fibldm.encoding import LatentDataset
 from fibldm.metrics import set_score
+from fibldm.privacy import read_privacy
 from fibldm.scheduler import CosineScheduler
 from fibldm.synthesis import Synthesizer
 from fibldm.unet import UNet
 from fibldm.vae import VAE
-from fibldm.validation import Validation, read_privacy
+from fibldm.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("without_weights")
 CPU = torch.device("cpu")
