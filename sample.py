@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
     if args.unconditional and args.controlnet_checkpoint is not None:
-        raise ValueError("--unconditional: a ControlNet needs contours; leave it out")
+        raise ValueError("--unconditional: leave out --controlnet_checkpoint: it needs contours")
 
     def say(*lines: str) -> None:
         if distributed.is_main() and lines:

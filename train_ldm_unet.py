@@ -14,7 +14,7 @@ from fibldm.optim import EMA, Precision, adamw, clear_gradients, clip_gradients,
 from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.synthesis import Synthesizer
-from fibldm.unet import NO_LABEL, UNet, contour_condition
+from fibldm.unet import NO_LABEL, UNet, blocks_per_level, contour_condition
 from fibldm.vae import VAE
 from fibldm.validation import Validation
 
@@ -64,7 +64,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_workers", type=cli.worker_count, default=0,
         help="unused: latents are read while the step before is computed",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.blocks = list(blocks_per_level(args.blocks, len(args.channels)))
+    except ValueError as error:
+        parser.error(f"--blocks: {error}")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import torch
 from fibldm import cli, distributed
 from fibldm.batches import Plan, item_noise, item_uniform
 from fibldm.checkpoint import read_start
+from fibldm.config import begun_with
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CHECKED, CTDataset, load_batches, shift_slices
 from fibldm.disk import file_hash
@@ -120,7 +121,8 @@ def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
     precision = Precision(args.precision, device)
-    args.perceptual, lpips = choose_perceptual(args.perceptual, device)
+    before = begun_with(Path(args.save_dir)).get("perceptual")
+    args.perceptual, lpips = choose_perceptual(args.perceptual, device, before)
     run = Run(args.save_dir, Plan.of(vars(args)), device, vars(args))
     split = Split(args.split_seed, args.val_fraction, args.test_fraction)
     rows, notes = read_table(args.csv_file, args.img_dir, split)

@@ -17,7 +17,8 @@ def item_generator(seed: int, stream: str, step: int, item: int) -> np.random.Ge
 
     Counter-based (Philox; Salmon et al. 2011), so that any item's numbers can be drawn directly.
     """
-    key = [seed % 2**64, int.from_bytes(stream.encode()[:8], "big")]
+    words = [seed % 2**64, int.from_bytes(stream.encode()[:8], "big")]
+    key = np.array(words, np.uint64)  # NumPy would make floats of large ones, which are alike
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, step, item]))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fibldm import limits
+from fibldm.unet import blocks_per_level
 
 CONFIG_BYTES = 2**20  # of a file for --config, at most
 NOT_OPTIONS = ("environment", "samples_of")  # what args.json has besides options
@@ -157,11 +158,24 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
+def begun_with(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as this version names them; empty where there is none.
+
+    ValueError where its args.json is damaged.
+    """
+    file = folder / "args.json"
+    if not file.is_file() or not any(folder.glob("*.pth")):
+        return {}
+    return modernized(read_settings(file))
+
+
 def modernized(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings in args.json of any version, as this version's options would be given."""
     settings = dict(settings)
     if "lr" in settings:  # a training's
         settings.setdefault("lr_schedule", "constant")
+    if isinstance(widths := settings.get("channels"), list):  # a U-Net's
+        settings["blocks"] = list(blocks_per_level(settings.get("blocks"), len(widths)))
     pixels, side = settings.get("max_shift"), settings.get("image_size")
     if isinstance(pixels, int) and isinstance(side, int) and side > 0:
         settings["max_shift"] = pixels / side

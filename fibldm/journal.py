@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fibldm import distributed
 from fibldm.batches import Progress
 from fibldm.checkpoint import Stateful, environment, load_training, save_model, save_training
-from fibldm.config import modernized, read_settings
+from fibldm.config import begun_with
 from fibldm.disk import TEMPORARY, keep, lock, replace_text
 from fibldm.distributed import warn
 from fibldm.tracking import track
@@ -66,7 +66,7 @@ class RunFolder:
             return
         if not file.is_file():
             raise ValueError(f"{self.path} holds checkpoints but no args.json; use another folder")
-        before, now = modernized(read_settings(file)), self.settings
+        before, now = begun_with(self.path), self.settings
         free = FREE_OPTIONS - ({"steps"} if before.get("lr_schedule") == "cosine" else set())
         changed = [
             f"--{name} was {before.get(name)}, is {now.get(name)}"

@@ -12,7 +12,7 @@ from fibldm.disk import write_atomically
 
 OUTLINE = (255, 190, 0)
 MIN_CELL = 128  # pixels: smaller slices are enlarged by a whole factor
-SHEET_CELL, CAPTION_LINES, CAPTION_WIDTH = 224, 5, 34  # pixels; lines; characters a line
+SHEET_CELL, CAPTION_LINES, CAPTION_WIDTH = 224, 5, 34  # pixels; lines; characters a line, at most
 
 
 def grey(images: np.ndarray) -> np.ndarray:
@@ -83,6 +83,15 @@ def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -
     write_panel(path, columns, per_line=2)
 
 
+def _broken(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A caption's lines, none of them longer than a cell of the sheet."""
+    for width in range(CAPTION_WIDTH, 1, -1):
+        lines = textwrap.wrap(caption, width)
+        if all(font.getlength(line) <= SHEET_CELL for line in lines):
+            break
+    return lines
+
+
 def write_sheet(path: Path, cells: list[tuple[np.ndarray, str]]) -> None:
     """Write a PNG of pictures, RGB uint8 (H, W, 3) of any size, each with its caption below.
 
@@ -90,8 +99,8 @@ def write_sheet(path: Path, cells: list[tuple[np.ndarray, str]]) -> None:
     "!" is in the colour of OUTLINE.
     """
     per_line = min(8, len(cells))
-    texts = [textwrap.wrap(caption, CAPTION_WIDTH)[:CAPTION_LINES] for _, caption in cells]
     font, gap, text_height = ImageFont.load_default(13), 8, 17
+    texts = [_broken(caption, font)[:CAPTION_LINES] for _, caption in cells]
     tops = [0]
     for start in range(0, len(cells), per_line):
         most = max(len(text) for text in texts[start : start + per_line])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fibldm import disk
+from fibldm import disk, volumes
 from fibldm.series import LeftOut, Options, Series, find_series
 from fibldm.slices import INTERCEPT, Prepared, Settings, prepare_all
 from fibldm.tables import format_csv, list_some, read_csv
@@ -76,6 +76,12 @@ def prepare(
         reasons = list_some([f"{item.where}: {item.reason}" for item in of_files])
         raise ValueError(f"{tops}: no CT found; {len(of_files)} files are left out:{reasons}")
 
+    found = sorted({one.patient for one in series})
+    if labels and not labels.keys() & set(found):
+        raise ValueError(
+            f"--labels: none of its {len(labels)} patients ({', '.join(list(labels)[:SHOWN])}) is "
+            f"in the inputs, whose patients are named {', '.join(found[:SHOWN])}"
+        )
     with disk.locked(output):
         names = _open_output(output, settings, key_file, overwrite)
         jobs, unchanged, notes = _plan(series, output, f"{options} {settings}", names)
@@ -372,6 +378,14 @@ def _remarks(
         notes.append(
             "single slices of a folder are taken as one patient's, in the order of their names "
             f"from head to feet: {', '.join(folders[:SHOWN])}; otherwise give --patient_pattern"
+        )
+    pictures = [source.path for one in series for source in one.sources if source.rescale is None]
+    pictures = [path for path in pictures if volumes.kind_of(path) in ("png", "tiff")]
+    if pictures:
+        low, high = options.window
+        notes.append(
+            f"{len(pictures)} pictures come without a scale, as {pictures[0]}: those of 8 bits are "
+            f"taken as {low:g} to {high:g} HU; if that is wrong give --window or --rescale"
         )
     deep = [one.name for one in series if one.kind == "volume"]
     plain = [name for name in deep if not name.lower().endswith((".nii", ".nii.gz"))]

@@ -128,11 +128,15 @@ class VAEValidation:
         write_reconstructions(path, x[:, 0].numpy(), decoded[:, 0].numpy())
 
 
-def choose_perceptual(name: str, device: torch.device) -> tuple[str, PerceptualDistance | None]:
+def choose_perceptual(
+    name: str, device: torch.device, before: str | None = None
+) -> tuple[str, PerceptualDistance | None]:
     """What "auto" means here, and so in args.json; and LPIPS, where all ranks have its weights.
 
-    ValueError where LPIPS is asked for and cannot be had.
+    before: what a run that goes on has trained with: "auto" stays that. ValueError where LPIPS is
+    asked for and cannot be had.
     """
+    name = before if name == "auto" and before else name
     missing = [
         text for found in distributed.gather(missing_weights(["lpips"])) for text in found.values()
     ]

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     inspection.write_contact_sheet(args.contact_sheet)
     errors = len(inspection.errors)
     print(
-        f"\n{errors} kinds of errors, {len(inspection.findings) - errors} of warnings; "
+        f"\nkinds of errors: {errors}, of warnings: {len(inspection.findings) - errors}; "
         f"contact sheet: {args.contact_sheet}"
     )
     if errors:

@@ -23,12 +23,15 @@ DROP_COPIES=                  # latent data set (as LATENT_DATA_DIR): copies of 
 # Contours of your own (--contours FILE_OR_FOLDER) or none (--unconditional) take their place.
 CONTOURS=(--latent_data_dir "$LATENT_DATA_DIR" --split "$SPLIT")   # what is asked for
 for option in "$@"; do
-    case "$option" in --contours* | --unconditional) CONTOURS=() ;; esac
+    case "$option" in
+        --contours*) CONTOURS=() ;;
+        --unconditional) CONTOURS=() CONTROLNET_CHECKPOINT= ;;   # a ControlNet needs contours
+    esac
 done
 
 launch sample.py \
     --vae_checkpoint "$VAE_CHECKPOINT" --unet_checkpoint "$UNET_CHECKPOINT" \
-    --controlnet_checkpoint "$CONTROLNET_CHECKPOINT" \
+    ${CONTROLNET_CHECKPOINT:+--controlnet_checkpoint "$CONTROLNET_CHECKPOINT"} \
     ${CONTOURS[@]+"${CONTOURS[@]}"} --output_dir "$OUTPUT_DIR" \
     --num_samples "$NUM_SAMPLES" --sampler "$SAMPLER" --steps "$STEPS" \
     --guidance_scale "$GUIDANCE_SCALE" --format "$FORMAT" --seed "$SEED" \

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     print(
         f"\n{MISSING}: not measured. FID and KID belong to the diffusion stages. They and LPIPS "
-        "need weights:\n   run scripts/fetch_metric_weights.py once."
+        "need weights:\n   scripts/fetch_metric_weights.py makes them, once."
     )
 
 

@@ -233,7 +233,7 @@ def test_overwrite_spares_what_is_no_latent_data_set(stages, phantoms, capsys, t
     ("more", "words"),
     [
         (["--contours", "/nowhere"], ["--contours /nowhere", "no such"]),
-        (["--unconditional"], ["ControlNet needs contours"]),
+        (["--unconditional"], ["leave out --controlnet_checkpoint"]),
         (["--latent_data_dir", "/nowhere"], ["/nowhere", "encode_dataset.py"]),
         (["--latent_data_dir", "LATENTS", "--label", "asthma"], ["asthma", "fibrosis"]),
         (

@@ -133,6 +133,13 @@ def test_noise_of_an_item_is_its_own():
         assert not any(torch.equal(a, b) for b in everything[:i])
 
 
+def test_any_seed_of_64_bits_has_noise_of_its_own():
+    """Also those that are beyond the whole numbers that a float holds."""
+    seeds = [0, 1, -1, -2, 2**63 - 1, 2**63 - 2, -(2**63)]
+    found = {item_noise(seed, "train", 0, [0], (2,)).numpy().tobytes() for seed in seeds}
+    assert len(found) == len(seeds)
+
+
 def test_noise_is_independent_of_global_random_state():
     first = item_noise(0, "unet", 1, [0], (4,))
     torch.manual_seed(99)

@@ -55,7 +55,7 @@ def test_values_of_yaml_are_what_they_would_be_on_the_command_line(parse):
     text = "time_limit: 2:00:00\nlr: 1e-3\nchannels: [16, 32]\nblocks: 2\nseed:\nsave_dir: no\n"
     args = parse(train_ldm_unet, text)
     assert (args.time_limit, args.lr, args.seed, args.save_dir) == (7200.0, 1e-3, 0, "no")
-    assert (args.channels, args.blocks) == ([16, 32], [2])
+    assert (args.channels, args.blocks) == ([16, 32], [2, 2])
 
 
 def test_a_tab_and_a_byte_order_mark_do_no_harm(parse):
@@ -174,3 +174,12 @@ def test_rarely_needed_options_come_last_in_help():
     parser.add_argument_group("data").add_argument("--csv_file")
     text = parser.format_help()
     assert re.search(r"data:.*--csv_file FILE.*rarely needed:.*--odd ODD.*example:", text, re.S)
+
+
+def test_the_default_blocks_and_the_same_given_are_one_run():
+    """The README's command and the launcher, which names them, go on with each other's run."""
+    assert train_ldm_unet.parse_args([]).blocks == [1, 1, 3]
+    assert train_ldm_unet.parse_args(["--channels", "8", "16", "--blocks", "2"]).blocks == [2, 2]
+    old = {"channels": [8, 16], "lr": 0.1}
+    assert modernized({**old, "blocks": None})["blocks"] == [1, 3]
+    assert modernized({**old, "blocks": [2]})["blocks"] == [2, 2]

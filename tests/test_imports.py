@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "export": {"ct", "disk"},
     "series": {"ct", "dicom", "disk", "limits", "tables", "volumes"},
     "slices": {"anatomy", "ct", "dicom", "disk", "lungs", "series", "volumes"},
-    "preparation": {"disk", "series", "slices", "tables"},
+    "preparation": {"disk", "series", "slices", "tables", "volumes"},
     "lungs": set(),
     "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},
@@ -89,7 +89,7 @@ MAY_IMPORT = {
     },
     "report": {"disease", "disk", "evaluation", "metrics"},
     "batches": {"distributed", "optim"},
-    "config": {"limits"},
+    "config": {"limits", "unet"},
     "cli": {"config", "distributed", "optim"},
     "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "tracking"},
     "reconstruction": {

@@ -130,6 +130,16 @@ def test_the_sampling_launcher_takes_contours_of_the_users_own(stages, tmp_path)
     assert (tmp_path / "out" / "sample_00000.png").is_file()
 
 
+def test_the_sampling_launcher_draws_without_contours(stages, tmp_path):
+    words = ["--vae_checkpoint", stages / "vae" / "vae_best.pth", "--steps", "2"]
+    words += ["--unet_checkpoint", stages / "unet" / "unet_best.pth", "--device", "cpu"]
+    words += ["--output_dir", tmp_path / "out", "--unconditional", "--num_samples", "2"]
+    command = ["bash", str(ROOT / "scripts" / "sample.sh"), *map(str, words)]
+    done = subprocess.run(command, env=with_torchrun(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "sample_00001.png").is_file()
+
+
 def test_several_nodes_need_an_endpoint():
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "sample.sh")],

@@ -1,9 +1,17 @@
 """The pictures: what is drawn where."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
-from fibldm.panels import OUTLINE, grey, overlay, write_reconstructions, write_samples
+from fibldm.panels import (
+    OUTLINE,
+    SHEET_CELL,
+    _broken,
+    grey,
+    overlay,
+    write_reconstructions,
+    write_samples,
+)
 
 
 def test_grey_maps_the_window_to_bytes():
@@ -35,3 +43,11 @@ def test_difference_is_four_times_and_grey_at_zero(tmp_path):
     write_reconstructions(tmp_path / "panel.png", x, x + 0.1)
     picture = np.asarray(Image.open(tmp_path / "panel.png"))
     assert picture[-1, -1, 0] == round(1.4 * 127.5) and picture[-1, 0, 0] == 128
+
+
+def test_a_caption_of_wide_letters_stays_within_its_cell():
+    font = ImageFont.load_default(13)
+    for caption in ("b6f00a94faf5_37c05a0f01f5c145_fa0237_0000.png: error", "W" * 50, "!"):
+        lines = _broken(caption, font)
+        assert "".join(lines).replace(" ", "") == caption.replace(" ", "")
+        assert all(font.getlength(line) <= SHEET_CELL for line in lines)

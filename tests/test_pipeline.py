@@ -397,6 +397,16 @@ class Smallest(torch.nn.Module):
         return (x - y).square().mean(dim=(1, 2, 3))
 
 
+def test_weights_that_come_later_do_not_change_a_runs_loss(phantoms, tmp_path, monkeypatch):
+    """What "auto" is at the start of a run it stays, so that the same command goes on."""
+    run(train_vae, vae_options(phantoms, tmp_path, "--steps", "1"))
+    monkeypatch.setattr(reconstruction, "missing_weights", lambda names: {})
+    monkeypatch.setattr(reconstruction, "load_lpips", lambda device: None)
+    run(train_vae, vae_options(phantoms, tmp_path, "--steps", "2"))
+    assert json.loads((tmp_path / "args.json").read_text())["perceptual"] == "structural"
+    assert train_vae.choose_perceptual("auto", torch.device("cpu"))[0] == "lpips"
+
+
 @pytest.mark.parametrize("perceptual", ["lpips", "structural"])
 def test_small_slices_train_with_a_perceptual_loss(perceptual, phantoms, tmp_path, monkeypatch):
     if perceptual == "lpips":

@@ -714,6 +714,23 @@ def test_a_pattern_that_changes_renames_and_does_not_double(tmp_path):
     assert first.isdisjoint(row["patient_id"] for row in rows_of(data))
 
 
+def test_labels_of_other_patients_alone_are_refused_before_work(tmp_path):
+    write_dicom(tmp_path / "in", ct_datasets())
+    (tmp_path / "labels.csv").write_text("patient_id,label\nP1,a\n")
+    with pytest.raises(ValueError, match=r"none of its 1 patients \(P1\).*named MRN-4711"):
+        prepare(tmp_path / "in", "--labels", tmp_path / "labels.csv")
+    assert not (tmp_path / "data").exists()
+
+
+def test_8_bit_pictures_without_a_scale_are_told(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i, hu in enumerate(scan()):
+        unit = np.round((ct.hu_to_unit(hu) + 1) * 127.5).astype(np.uint8)
+        Image.fromarray(unit).save(tmp_path / "in" / f"{i}.png")
+    prepare(tmp_path / "in")
+    assert "those of 8 bits are taken as -1000 to 400 HU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["dicom", "nifti"])
 def test_a_changed_mask_is_seen(tmp_path, form):
     if form == "dicom":
@@ -887,7 +904,7 @@ def test_three_kinds_of_real_input_in_one_command(tmp_path, ct_folder, without_w
     assert len(rows) > 280
     check_data = load("check_data")
     check_data.main(check_data.parse_args([str(data)]))  # errors would raise SystemExit
-    assert "0 kinds of errors" in capsys.readouterr().out
+    assert "kinds of errors: 0" in capsys.readouterr().out
     assert (data / "contact_sheet.png").is_file()
     run = tmp_path / "vae"
     table = ["--csv_file", str(data / "label.csv"), "--img_dir", str(data)]
