@@ -77,7 +77,7 @@ def prepare(
         raise ValueError(f"{tops}: no CT found; {len(of_files)} files are left out:{reasons}")
 
     found = sorted({one.patient for one in series})
-    if labels and not labels.keys() & set(found):
+    if labels and not labels.keys() & set(found) and not _records(output):
         raise ValueError(
             f"--labels: none of its {len(labels)} patients ({', '.join(list(labels)[:SHOWN])}) is "
             f"in the inputs, whose patients are named {', '.join(found[:SHOWN])}"
@@ -145,24 +145,28 @@ def _plan(
 ) -> tuple[dict[str, Job], set[str], list[str]]:
     """What is to be made, by what its files' names start with; the records of what is not; notes.
 
-    A series takes the place of what was made of the same files before, wherever they lay and
-    whosever they were thought to be.
+    A series takes the place of what was made before of exactly its files, wherever they lay and
+    whosever they were thought to be, or of some of them and the same patient. It is said.
     """
     records = {path.stem: _read_json(path) for path in _records(output)}
     holders: dict[str, set[str]] = defaultdict(set)  # content -> records that have it
     for name, record in records.items():
         for content in record["contents"]:
             holders[content].add(name)
-    jobs, unchanged, notes = {}, set(), []
+    own = {}
     for one in series:
         place = names.of("place", f"{one.kind} {one.patient} {one.place}", 16)
-        name = f"{names.of('patient', one.patient)}_{place}"
+        own[f"{names.of('patient', one.patient)}_{place}"] = one
+    jobs, unchanged, notes = {}, set(), []
+    for name, one in own.items():
         contents = [names.of("content", content, 16) for content in one.contents]
         fingerprint = names.of("fingerprint", f"{settings} {one.fingerprint}")
-        others = set().union(*(holders[content] for content in contents)) - {name}
+        sharing = set().union(*(holders[content] for content in contents)) - own.keys()
+        others = {other for other in sharing if _is_same(other, records[other], name, contents)}
+        notes += _shared(one.name, sorted(others), sorted(sharing - others))
         record = records.get(name, {"fingerprint": None, "contents": [], "rows": []})
         gone = set(record["contents"]) - set(contents)
-        if gone:
+        if gone and record["fingerprint"] != fingerprint:
             notes.append(
                 f"{one.name}: {len(gone)} of the files that an earlier run found are gone or "
                 "changed; what was made of them is replaced"
@@ -170,11 +174,40 @@ def _plan(
         files = [output / row[column] for row in record["rows"] for column in ("image", "contour")]
         if record["fingerprint"] == fingerprint and all(file.is_file() for file in files):
             unchanged.add(name)
+            if record["contents"] != contents:  # as earlier versions identified files
+                _write_record(output, name, {**record, "contents": contents})
             _remove_records(output, others)
         else:
             jobs[f"{name}_{fingerprint[:6]}"] = Job(one, name, fingerprint, contents, others)
             notes += one.notes
     return jobs, unchanged, notes
+
+
+def _is_same(other: str, record: dict, name: str, contents: list[str]) -> bool:
+    """Whether a series `name` of these contents is what the record `other` was made of."""
+    before, now = set(record["contents"]), set(contents)
+    of_patient = other.partition("_")[0] == name.partition("_")[0]
+    return before == now or (of_patient and before < now)
+
+
+def _shared(where: str, replaced: list[str], kept: list[str]) -> list[str]:
+    """Notes on what was made before of files that a series has, too."""
+    notes = []
+    if replaced:
+        notes.append(
+            f"{where}: the same files were prepared before under another name or place; "
+            f"{', '.join(replaced)} is replaced"
+        )
+    if kept:
+        notes.append(
+            f"{where}: some of its files were prepared before as a part of {', '.join(kept)}, and "
+            "both are kept; if they are of one patient, give --patient_pattern and --overwrite"
+        )
+    return notes
+
+
+def _write_record(output: Path, name: str, record: dict) -> None:
+    disk.replace_text(output / "series" / f"{name}.json", json.dumps(record) + "\n")
 
 
 def _read_key(path: Path, needed: bool) -> bytes:
@@ -295,7 +328,7 @@ def _keep(output: Path, job: Job, result: Prepared) -> list[tuple[str, LeftOut]]
     if result.error is None:
         rows = [{**row, "patient_id": job.name.partition("_")[0]} for row in result.rows]
         record = {"fingerprint": job.fingerprint, "contents": job.contents, "rows": rows}
-        disk.replace_text(file, json.dumps(record) + "\n")
+        _write_record(output, job.name, record)
         _remove_records(output, job.replaced)
     elif result.error:
         kept = "; its earlier slices are kept" if file.is_file() else ""

@@ -322,7 +322,9 @@ class _Search:
                 self.leave_out(f"{folder} (series {uid})", error)
                 continue
             sources = [Source(h.path, h, mask) for h, mask in zip(kept, masks, strict=True)]
-            contents, fingerprint = [header.uid for header in kept], _hash(facts)
+            # UIDs alone do not identify: some software gives the same ones to several series.
+            contents = [f"{header.patient} {header.series} {header.uid}" for header in kept]
+            fingerprint = _hash(facts)
             patient = next(iter(found))
             self.series.append(
                 Series("dicom", folder, patient, uid, sources, contents, fingerprint, notes)

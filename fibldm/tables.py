@@ -242,19 +242,22 @@ def require_one_of_each(path: str | Path, columns: Sequence[str]) -> None:
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
-    """The label of each patient, by columns patient_id and label or in this order.
+    """The label of each patient: by column label, and patient_id or else the first column.
 
-    Raises ValueError where a patient has two.
+    Raises ValueError where there is no column label, or a patient has two labels.
     """
     frame = read_csv(path)
-    if frame.empty or frame.shape[1] < 2:
-        raise ValueError(f"{path}: expected a header and two columns, patient_id and label")
     columns = [name.lower() for name in frame.columns]
     require_one_of_each(path, columns)
-    named = {"patient_id", "label"} <= set(columns)
-    pairs = frame.set_axis(columns, axis=1)[["patient_id", "label"]] if named else frame.iloc[:, :2]
+    if frame.empty or len(columns) < 2 or "label" not in columns[("patient_id" not in columns) :]:
+        raise ValueError(
+            f"{path}: found the columns {', '.join(frame.columns)} and {len(frame)} lines; "
+            "expected patient_id and label, and a line a patient"
+        )
+    patients = frame.iloc[:, columns.index("patient_id") if "patient_id" in columns else 0]
+    pairs = zip(patients, frame.iloc[:, columns.index("label")], strict=True)
     labels: dict[str, str] = {}
-    for patient, label in pairs.itertuples(index=False):
+    for patient, label in pairs:
         if labels.setdefault(patient, label) != label:
             raise ValueError(
                 f"{path}: patient {patient} is {labels[patient]} and {label}, expected one label a "

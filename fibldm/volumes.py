@@ -120,7 +120,9 @@ def decode(path: Path, variable: str | None = None, most: int = limits.VOLUME) -
     else:
         with _naming(path):
             if kind == "dicom":
-                volume = Volume(dicom.read_frame(dicom.read_file(path)), kind)
+                dataset = dicom.read_file(path)
+                _require_one_frame(int(dataset.get("NumberOfFrames") or 1))
+                volume = Volume(dicom.read_frame(dataset), kind)
             elif kind == "npy":
                 values = np.load(path, mmap_mode="r", allow_pickle=False)  # no larger than the file
                 limits.require_values(path, values.shape, most)
@@ -144,6 +146,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be decoded as an image: {error}") from error
 
 
+def _require_one_frame(count: int) -> None:
+    if count != 1:
+        raise ValueError(
+            f"{count} frames, expected one slice; scripts/prepare_data.py makes slices of DICOM "
+            "files with several"
+        )
+
+
 def _decode_picture(path: Path, kind: str | None) -> Volume:
     if kind == "png":
         with open(path, "rb") as file:
@@ -152,6 +162,7 @@ def _decode_picture(path: Path, kind: str | None) -> Volume:
             raise ValueError("16 bits in several channels, expected one channel of grey levels")
     with limits.Bounded(path) as file, Image.open(file, formats=PICTURES) as image:
         limits.require_values(path, image.size, limits.SLICE)
+        _require_one_frame(getattr(image, "n_frames", 1))
         if image.mode in ("P", "PA"):  # a palette may be of colours
             image = image.convert("RGB")
         elif image.mode in ("1", "LA"):
@@ -160,8 +171,13 @@ def _decode_picture(path: Path, kind: str | None) -> Volume:
     return Volume(values, kind, has_colours=values.ndim == 3)
 
 
+def _open_tiff(path: Path) -> tifffile.TiffFile:
+    """A TIFF file by its own pages: no other file is read, which OME-XML and the like may name."""
+    return tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False)
+
+
 def _decode_tiff(path: Path, most: int) -> Volume:
-    with tifffile.TiffFile(path) as file:
+    with _open_tiff(path) as file:
         pages = _only_series(path, file, most)
         values, colours = pages.asarray(), pages.axes.find("S")
     if colours < 0:
@@ -200,7 +216,7 @@ def dimensions(path: Path, variable: str | None = None) -> int:
             elif kind == "npy":
                 shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
             elif kind == "tiff":
-                with tifffile.TiffFile(path) as file:
+                with _open_tiff(path) as file:
                     pages = _only_series(path, file, limits.VOLUME)
                     of = zip(pages.shape, pages.axes, strict=True)
                     shape = tuple(n for n, axis in of if axis != "S")

@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     patients.add_argument(
         "--labels",
         type=Path,
-        help="CSV table with the columns patient_id and label, or with these first",
+        help="CSV table with the columns patient_id (or the first one) and label",
     )
     patients.add_argument(
         "--patient_pattern", type=_pattern, metavar="REGEX",

@@ -500,7 +500,7 @@ def test_a_process_that_dies_takes_no_other_series_with_it(tmp_path, capsys, mon
 def test_labels_of_unknown_patients_are_named(tmp_path, capsys):
     write_dicom(tmp_path / "in", ct_datasets())
     labels = tmp_path / "labels.csv"
-    labels.write_text("patient_id,label\nMRN-4712,fibrosis\n")
+    labels.write_text("patient_id,label\nMRN-4711,\nMRN-4712,fibrosis\n")
     prepare(tmp_path / "in", "--labels", labels)
     printed = capsys.readouterr().out
     assert "1 patients of --labels are in no input: MRN-4712" in printed
@@ -511,7 +511,12 @@ def test_labels_of_unknown_patients_are_named(tmp_path, capsys):
     ("text", "match"),
     [
         ("patient_id,label\na,x\na,y\n", "patient a is x and y, expected one label a patient"),
-        ("patient_id\na\n", "expected a header and two columns, patient_id and label"),
+        (
+            "patient_id\na\n",
+            "found the columns patient_id and 1 lines; expected patient_id and label",
+        ),
+        ("Patient,Age\na,59\n", "found the columns Patient, Age"),
+        ("label,Age\na,59\n", "found the columns label, Age"),
         ("", "0 lines; expected a header"),
         ("id,x,patient_id,label\n1,2\n", "1 lines have fewer cells than the header"),
     ],

@@ -704,6 +704,45 @@ def test_one_series_uid_of_two_patients_in_two_runs_loses_nobody(tmp_path):
     assert len({row["patient_id"] for row in rows_of(data)}) == 2
 
 
+def blank_and_slices(folder: Path, seed: int) -> None:
+    """One blank slice, the same in all folders, and a scan of one's own."""
+    folder.mkdir(parents=True)
+    np.save(folder / "00.npy", np.full((SIZE, SIZE), -1024.0, np.float32))
+    for i, hu in enumerate(scan(seed)):
+        np.save(folder / f"{i + 1:02d}.npy", hu)
+
+
+def test_a_slice_that_two_patients_share_deletes_neither(tmp_path):
+    for patient, seed in ("a", 0), ("b", 1):
+        blank_and_slices(tmp_path / f"in_{patient}" / patient, seed)
+        data = prepare(tmp_path / f"in_{patient}", "--output_dir", tmp_path / "data")
+    for _ in range(2):
+        assert len(rows_of(data)) == 10
+        assert len({row["patient_id"] for row in rows_of(data)}) == 2
+        prepare(tmp_path / "in_a", "--output_dir", data)
+
+
+def test_series_that_share_their_uids_are_kept_however_often_it_runs(tmp_path):
+    for i in range(3):
+        shared = {"PatientID": f"p{i}", "SeriesInstanceUID": f"1.2.{i + 1}"}
+        write_dicom(tmp_path / "in" / str(i), ct_datasets(i, **shared))
+    for _ in range(2):
+        data = prepare(tmp_path / "in")
+        assert len(rows_of(data)) == 15
+    prepare(tmp_path / "in" / "1", "--output_dir", data)
+    assert len({row["patient_id"] for row in rows_of(data)}) == 3
+
+
+def test_what_takes_the_place_of_another_record_is_named(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii.gz")
+    prepare(tmp_path / "in")
+    (tmp_path / "in" / "a.nii.gz").rename(tmp_path / "in" / "b.nii.gz")
+    data = prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 5
+    assert "were prepared before under another name or place" in capsys.readouterr().out
+
+
 def test_a_pattern_that_changes_renames_and_does_not_double(tmp_path):
     (tmp_path / "in").mkdir()
     nibabel.save(nifti(scan()), tmp_path / "in" / "p1_base.nii")
@@ -797,11 +836,11 @@ def test_two_runs_at_once_are_refused(tmp_path):
 def test_labels_are_kept_and_can_be_changed(tmp_path):
     write_dicom(tmp_path / "in", ct_datasets())
     labels = tmp_path / "labels.csv"
-    labels.write_text("who,what\nMRN-4711,mild\n")
+    labels.write_text("who,label\nMRN-4711,mild\n")
     data = prepare(tmp_path / "in", "--labels", labels)
     prepare(tmp_path / "in")
     assert {row["label"] for row in rows_of(data)} == {"mild"}
-    labels.write_text("who,what\nMRN-4711,severe\n")
+    labels.write_text("who,label\nMRN-4711,severe\n")
     prepare(tmp_path / "in", "--labels", labels)
     assert {row["label"] for row in rows_of(data)} == {"severe"}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+import uuid
 
 import h5py
 import imagecodecs
@@ -12,6 +13,7 @@ import scipy.io
 import tifffile
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
+from scans import enhanced, write_dicom
 
 from fibldm import ct, volumes
 
@@ -264,3 +266,41 @@ def test_a_coronal_nifti_slice_is_refused(tmp_path):
     nibabel.save(volume, tmp_path / "a.nii")
     with pytest.raises(ValueError, match=r"a\.nii: .*not an axial one"):
         ct.read_hu(tmp_path / "a.nii")
+
+
+def test_a_file_of_a_multi_file_ome_tiff_is_its_own_plane_alone(tmp_path):
+    """Its XML names the other files of the volume, also outside of the folder."""
+    names = [f"ct_Z{i}.ome.tif" for i in range(3)]
+    tags = [uuid.uuid4() for _ in names]
+    planes = "".join(
+        f'<TiffData IFD="0" FirstZ="{i}" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:{tag}</UUID></TiffData>'
+        for i, (name, tag) in enumerate(zip(names, tags, strict=True))
+    )
+    for i, (name, tag) in enumerate(zip(names, tags, strict=True)):
+        text = (
+            f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{tag}">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" '
+            'SizeX="24" SizeY="20" SizeZ="3" SizeC="1" SizeT="1">'
+            f'<Channel ID="Channel:0:0" SamplesPerPixel="1"/>{planes}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(tmp_path / name, STORED + i, description=text, metadata=None)
+    for i, name in enumerate(names):
+        assert volumes.dimensions(tmp_path / name) == 2
+        np.testing.assert_array_equal(volumes.read_volume(tmp_path / name).values, STORED[None] + i)
+
+
+def test_a_file_of_several_frames_is_no_slice(tmp_path):
+    """Nor is its first frame."""
+    write_dicom(tmp_path, [enhanced()])
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="5 frames, expected one slice"):
+        ct.read_hu(path)
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="2 frames, expected one slice"):
+        ct.read_contour(tmp_path / "two.gif")
+    for i in range(2):
+        tifffile.imwrite(tmp_path / "pages.tif", STORED + i, append=i > 0)
+    with pytest.raises(ValueError, match="expected"):
+        ct.read_hu(tmp_path / "pages.tif", (1.0, 0.0))
