@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import DTypeLike
 
+# What file systems answer that know no such call: Lustre without flock, CIFS, shared folders.
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
 TEMPORARY = ".tmp_"  # what a file's name begins with until it is whole
 
 
@@ -72,6 +75,13 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is writing to it") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            _warn_once(
+                f"{folder}: its file system has no locks ({error.strerror}): do not write to it "
+                "from two processes at a time"
+            )
         yield
     finally:
         os.close(descriptor)
@@ -82,8 +92,20 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(
+            f"{folder}: its file system cannot flush folders ({error.strerror}): a power cut may "
+            "cost the newest files"
+        )
     finally:
         os.close(handle)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(f"WARNING: {text}", flush=True)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -115,3 +116,34 @@ def test_room_is_asked_for_before_rows_are_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space .* 0\.2 MiB, 0\.1 are free: '.*a\.npy'") as error:
         create_rows(tmp_path / "a.npy", np.float32, (50, 1000))
     assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_without_locks_and_flushes_of_folders_it_goes_on_with_a_warning(
+    tmp_path, monkeypatch, capsys
+):
+    """As on Lustre without flock, and on CIFS; other errors of these calls are errors."""
+    real = os.fsync
+
+    def refuse(number: int):
+        def call(handle: int, *rest: object) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(handle)
+
+        monkeypatch.setattr(disk.fcntl, "flock", call)
+        monkeypatch.setattr(disk.os, "fsync", call)
+
+    for number in (errno.ENOSYS, errno.EINVAL):
+        refuse(number)
+        folder = tmp_path / str(number)
+        with disk.locked(folder):
+            for name in ("a", "b"):
+                disk.replace_text(folder / name, "text")
+        said = capsys.readouterr().out
+        assert said.count("has no locks") == said.count("cannot flush folders") == 1
+        assert (folder / "b").read_text() == "text"
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), disk.locked(tmp_path):
+        pass
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        disk.sync_folder(tmp_path)
