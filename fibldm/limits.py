@@ -104,13 +104,18 @@ def require_tiff(path: Path, file: TiffFile, most: int) -> None:
     require_values(path, file.series[0].shape, most)
 
 
+def is_gzip(path: Path) -> bool:
+    """By content: names may say otherwise."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def require_nifti(path: Path) -> None:
     """ValueError where a NIfTI header puts the voxels far behind itself.
 
     nibabel reads all bytes before the voxels, which could fill the memory.
     """
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
-    with opened(path, "rb") as file:
+    with (gzip.open if is_gzip(path) else open)(path, "rb") as file:
         head = file.read(540)
     for order in "<", ">":
         if len(head) >= 348 and struct.unpack(f"{order}i", head[:4])[0] == 348:

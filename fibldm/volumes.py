@@ -1,6 +1,7 @@
 """Slices and volumes of DICOM, NIfTI, PNG, TIFF, NPY, NPZ and MAT files: decoded, and upright."""
 
 import contextlib
+import gzip
 import math
 import zipfile
 import zlib
@@ -265,8 +266,37 @@ def _orient(path: Path, values: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _open_nifti(path: Path) -> nibabel.Nifti1Image:
+    """By content: some files are gzipped under the name .nii, or plain under .nii.gz."""
     limits.require_nifti(path)
-    return nibabel.load(path)
+    packed = limits.is_gzip(path)
+    if packed == path.name.lower().endswith(".gz"):
+        return nibabel.load(path)
+    return nibabel.Nifti1Image.from_stream((gzip.open if packed else open)(path, "rb"))
+
+
+def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray | None:
+    """The sform, or the qform where that is broken; None where the header has neither.
+
+    ValueError where both are broken, or where they contradict each other: which side is left is
+    unknown then.
+    """
+    found = []
+    for name in ("sform", "qform"):
+        if header[f"{name}_code"] > 0:
+            found.append(getattr(header, f"get_{name}")())
+    sound = [a for a in found if np.isfinite(a).all() and np.linalg.matrix_rank(a[:3, :3]) == 3]
+    if found and not sound:
+        raise ValueError(
+            f"{path}: a broken affine {found[0][:3].tolist()}, expected one that gives orientation "
+            "and spacing"
+        )
+    axes = ["".join(nibabel.aff2axcodes(affine)) for affine in sound]
+    if len(set(axes)) > 1:
+        raise ValueError(
+            f"{path}: its sform says that the axes run to {axes[0]}, its qform {axes[1]}: which is "
+            "left and right is unknown; set both to the right one (nibabel's set_sform, set_qform)"
+        )
+    return sound[0] if sound else None
 
 
 def _decode_nifti(path: Path, most: int) -> Volume:
@@ -281,14 +311,9 @@ def _decode_nifti(path: Path, most: int) -> Volume:
         limits.require_values(path, image.shape, most)
         values = image.get_fdata(dtype=np.float32)
     values = values.reshape((*values.shape[:3], *(1,) * (3 - values.ndim)))
-    if image.header["sform_code"] <= 0 and image.header["qform_code"] <= 0:
+    affine = _affine(path, image.header)
+    if affine is None:
         return Volume(values, "nifti")
-    affine = image.affine
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise ValueError(
-            f"{path}: a broken affine {affine[:3].tolist()}, expected one that gives orientation "
-            "and spacing"
-        )
     affine = np.diag([*(MM.get(image.header.get_xyzt_units()[0], 1.0),) * 3, 1]) @ affine
     image = nibabel.as_closest_canonical(nibabel.Nifti1Image(values, affine))
     spacing, corner = np.linalg.norm(image.affine[:3, :3], axis=0), image.affine[:3, 3]

@@ -185,7 +185,7 @@ def npy_unsigned(folder):
 
 def npy_not_finite(folder):
     volume = scan(1).astype(np.float32)
-    volume[0, 0, 0] = np.nan
+    volume[0, 30, 30] = np.nan
     np.save(folder / "scan.npy", volume)
 
 

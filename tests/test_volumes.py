@@ -304,3 +304,54 @@ def test_a_file_of_several_frames_is_no_slice(tmp_path):
         tifffile.imwrite(tmp_path / "pages.tif", STORED + i, append=i > 0)
     with pytest.raises(ValueError, match="expected"):
         ct.read_hu(tmp_path / "pages.tif", (1.0, 0.0))
+
+
+def upright_nifti(values: np.ndarray) -> nibabel.Nifti1Image:
+    return nibabel.Nifti1Image(values, np.diag([-1.0, -1.0, 2.0, 1.0]))
+
+
+def test_nifti_is_told_from_gzip_by_content(tmp_path):
+    values = np.random.default_rng(0).normal(0, 300, (20, 24, 3)).astype(np.float32)
+    nibabel.save(upright_nifti(values), tmp_path / "right.nii")
+    nibabel.save(upright_nifti(values), tmp_path / "right.nii.gz")
+    (tmp_path / "plain.nii.gz").write_bytes((tmp_path / "right.nii").read_bytes())
+    (tmp_path / "packed.nii").write_bytes((tmp_path / "right.nii.gz").read_bytes())
+    expected = volumes.read_volume(tmp_path / "right.nii")
+    for name in ("plain.nii.gz", "packed.nii"):
+        assert volumes.dimensions(tmp_path / name) == 3
+        found = volumes.read_volume(tmp_path / name)
+        np.testing.assert_array_equal(found.values, expected.values)
+        assert found.spacing == expected.spacing
+
+
+def test_of_two_affines_a_broken_one_gives_way_and_a_contradiction_is_refused(tmp_path):
+    values = np.random.default_rng(0).normal(0, 300, (20, 24, 3)).astype(np.float32)
+    image, path = upright_nifti(values), tmp_path / "a.nii"
+    image.set_qform(image.affine, 1)
+    nibabel.save(image, path)
+    expected = volumes.read_volume(path).values
+    for row in ("srow_x", "srow_y", "srow_z"):
+        image.header[row] = 0
+    image.header["sform_code"] = 1
+    broken = nibabel.Nifti1Image(values, None, image.header)
+    nibabel.save(broken, path)
+    np.testing.assert_array_equal(volumes.read_volume(path).values, expected)
+    mirrored = upright_nifti(values)
+    mirrored.set_qform(np.diag([1.0, -1.0, 2.0, 1.0]), 1)
+    mirrored.set_sform(np.diag([-1.0, -1.0, 2.0, 1.0]), 2)
+    nibabel.save(mirrored, path)
+    with pytest.raises(ValueError, match="left and right is unknown"):
+        volumes.read_volume(path)
+
+
+def test_nan_around_the_field_of_view_is_air_and_within_it_an_error(tmp_path):
+    hu = np.full((16, 16), 40.0, np.float32)
+    hu[:2], hu[2:, 13:] = np.nan, np.nan
+    np.save(tmp_path / "a.npy", hu)
+    found = ct.read_hu(tmp_path / "a.npy")
+    assert (found[:2] == ct.AIR).all() and (found[2:, 13:] == ct.AIR).all()
+    assert (found[2:, :13] == 40).all()
+    hu[8, 8] = np.nan
+    np.save(tmp_path / "b.npy", hu)
+    with pytest.raises(ValueError, match="1 values are not finite"):
+        ct.read_hu(tmp_path / "b.npy")
