@@ -340,7 +340,7 @@ def test_of_two_affines_a_broken_one_gives_way_and_a_contradiction_is_refused(tm
     mirrored.set_qform(np.diag([1.0, -1.0, 2.0, 1.0]), 1)
     mirrored.set_sform(np.diag([-1.0, -1.0, 2.0, 1.0]), 2)
     nibabel.save(mirrored, path)
-    with pytest.raises(ValueError, match="left and right is unknown"):
+    with pytest.raises(ValueError, match="left and right are unknown"):
         volumes.read_volume(path)
 
 
