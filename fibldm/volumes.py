@@ -293,8 +293,8 @@ def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray | None:
     axes = ["".join(nibabel.aff2axcodes(affine)) for affine in sound]
     if len(set(axes)) > 1:
         raise ValueError(
-            f"{path}: sform and qform contradict each other, so left and right are unknown: axes run "
-            f"to {axes[0]} and to {axes[1]}; set both to the right one (nibabel's set_sform)"
+            f"{path}: sform and qform contradict each other, so left and right are unknown: axes "
+            f"run to {axes[0]} and to {axes[1]}; set both to the right one (nibabel's set_sform)"
         )
     return sound[0] if sound else None
 
