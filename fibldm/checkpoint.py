@@ -311,7 +311,7 @@ def read_start(
     warnings = []
     if not (same_table and ("split" in content or same_vae)):
         what = f"{path} was trained on another table, or by another split"
-        warnings.append(f"{what}: none of its patients may be held out here")
+        warnings.append(f"{what}: its patients must not be among the held-out ones here")
     if not same_vae:
         warnings.append(f"{path} was trained on latents of another VAE, and has to learn these")
     return trained, content, warnings

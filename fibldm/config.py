@@ -147,17 +147,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return {n: None if v in nothing else v for n, v in entries.items() if n not in NOT_OPTIONS}
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """What args.json holds; ValueError where it is damaged."""
-    try:
-        settings = limits.read_json(file)
-        if not isinstance(settings, dict):
-            raise ValueError("expected an object")
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
-    return settings
-
-
 def begun_with(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder, as this version names them; empty where there is none.
 
@@ -166,7 +155,13 @@ def begun_with(folder: Path) -> dict[str, Any]:
     file = folder / "args.json"
     if not file.is_file() or not any(folder.glob("*.pth")):
         return {}
-    return modernized(read_settings(file))
+    try:
+        settings = limits.read_json(file)
+        if not isinstance(settings, dict):
+            raise ValueError("expected an object")
+        return modernized(settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
 
 
 def modernized(settings: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
 
 def _read_mask(path: Path, options: Options) -> volumes.Volume:
     """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
-    return _read_hu(path, (1.0, 0.0), replace(options, variable=None))
+    return volumes.read_volume(path, axes=options.array_axes)
 
 
 def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) -> volumes.Volume:

@@ -249,15 +249,15 @@ def read_labels(path: str | Path) -> dict[str, str]:
     frame = read_csv(path)
     columns = [name.lower() for name in frame.columns]
     require_one_of_each(path, columns)
-    if frame.empty or len(columns) < 2 or "label" not in columns[("patient_id" not in columns) :]:
+    by = columns.index("patient_id") if "patient_id" in columns else 0
+    if frame.empty or "label" not in columns or columns[by] == "label":
         raise ValueError(
             f"{path}: found the columns {', '.join(frame.columns)} and {len(frame)} lines; "
             "expected patient_id and label, and a line a patient"
         )
-    patients = frame.iloc[:, columns.index("patient_id") if "patient_id" in columns else 0]
-    pairs = zip(patients, frame.iloc[:, columns.index("label")], strict=True)
     labels: dict[str, str] = {}
-    for patient, label in pairs:
+    pairs = frame.iloc[:, [by, columns.index("label")]]
+    for patient, label in pairs.itertuples(index=False):
         if labels.setdefault(patient, label) != label:
             raise ValueError(
                 f"{path}: patient {patient} is {labels[patient]} and {label}, expected one label a "
