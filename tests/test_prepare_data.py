@@ -381,6 +381,17 @@ def test_masks_beside_the_scans(tmp_path):
         np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], truth)
 
 
+def test_a_mask_that_is_not_finite_is_refused_as_such(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii")
+    mask = lungs().astype(np.float32)
+    mask[:, 0] = np.nan
+    nibabel.save(nifti(mask), tmp_path / "in" / "a_mask.nii")
+    with pytest.raises(ValueError, match="no slice is usable"):
+        prepare(tmp_path / "in", "--mask_suffix", "_mask")
+    assert "values are not finite" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shift", [(0, 0, 0), (12, 0, 0), (0, -12, 0), (0, 0, 12)])
 def test_one_mask_for_a_folder_of_dicom(tmp_path, capsys, shift):
     datasets = ct_datasets()
@@ -722,15 +733,77 @@ def test_a_slice_that_two_patients_share_deletes_neither(tmp_path):
         prepare(tmp_path / "in_a", "--output_dir", data)
 
 
+def datasets_of_shared_uids(patient: int) -> list:
+    """A patient's series, whose slices have the SOPInstanceUIDs of other patients' slices."""
+    names = {"PatientID": f"p{patient}", "SeriesInstanceUID": f"1.2.{patient + 1}"}
+    datasets = ct_datasets(patient, **names)
+    for k, dataset in enumerate(datasets):
+        dataset.SOPInstanceUID = f"1.2.3.{k + 1}"
+    return datasets
+
+
 def test_series_that_share_their_uids_are_kept_however_often_it_runs(tmp_path):
     for i in range(3):
-        shared = {"PatientID": f"p{i}", "SeriesInstanceUID": f"1.2.{i + 1}"}
-        write_dicom(tmp_path / "in" / str(i), ct_datasets(i, **shared))
+        write_dicom(tmp_path / "in" / str(i), datasets_of_shared_uids(i))
     for _ in range(2):
         data = prepare(tmp_path / "in")
         assert len(rows_of(data)) == 15
     prepare(tmp_path / "in" / "1", "--output_dir", data)
     assert len({row["patient_id"] for row in rows_of(data)}) == 3
+
+
+def test_patients_that_share_their_uids_in_two_runs_are_both_kept(tmp_path):
+    for i in range(2):
+        write_dicom(tmp_path / f"in_{i}", datasets_of_shared_uids(i))
+        data = prepare(tmp_path / f"in_{i}", "--output_dir", tmp_path / "data")
+    assert len(rows_of(data)) == 10
+    assert len({row["patient_id"] for row in rows_of(data)}) == 2
+
+
+def test_a_folder_that_moved_and_grew_is_not_taken_twice(tmp_path):
+    (tmp_path / "in" / "p").mkdir(parents=True)
+    npy_slices(tmp_path / "in" / "p")
+    data = prepare(tmp_path / "in")
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    np.save(tmp_path / "elsewhere" / "p" / "9.npy", scan(1)[2])
+    prepare(tmp_path / "elsewhere")
+    assert len(rows_of(data)) == 6
+
+
+def test_two_patients_whose_files_change_places_are_both_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    first, second = (tmp_path / "in" / f"{name}.nii" for name in "ab")
+    nibabel.save(nifti(scan()), first)
+    nibabel.save(nifti(scan(1)), second)
+    prepare(tmp_path / "in")
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    data = prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 10
+    assert len({row["patient_id"] for row in rows_of(data)}) == 2
+
+
+def test_records_that_identify_files_as_before_are_brought_up_to_date(tmp_path, capsys):
+    write_dicom(tmp_path / "in", ct_datasets())
+    data = prepare(tmp_path / "in")
+    (file,) = (data / "series").iterdir()
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "contents": ["of an earlier version"]}))
+    capsys.readouterr()
+    prepare(tmp_path / "in")
+    assert json.loads(file.read_text()) == record
+    assert "gone" not in capsys.readouterr().out
+
+
+def test_labels_of_patients_who_are_prepared_already_are_taken(tmp_path):
+    """Also where the inputs of this run have none of them."""
+    write_dicom(tmp_path / "one", ct_datasets())
+    write_dicom(tmp_path / "two", ct_datasets(1, PatientID="other", SeriesInstanceUID="1.9"))
+    (tmp_path / "labels.csv").write_text("patient_id,label\nMRN-4711,mild\n")
+    data = prepare(tmp_path / "one")
+    prepare(tmp_path / "two", "--output_dir", data, "--labels", tmp_path / "labels.csv")
+    assert sorted(row["label"] for row in rows_of(data)) == [""] * 5 + ["mild"] * 5
 
 
 def test_what_takes_the_place_of_another_record_is_named(tmp_path, capsys):
