@@ -147,14 +147,8 @@ def read_config(file: Path) -> dict[str, Any]:
     return {n: None if v in nothing else v for n, v in entries.items() if n not in NOT_OPTIONS}
 
 
-def begun_with(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, as this version names them; empty where there is none.
-
-    ValueError where its args.json is damaged.
-    """
-    file = folder / "args.json"
-    if not file.is_file() or not any(folder.glob("*.pth")):
-        return {}
+def read_settings(file: Path) -> dict[str, Any]:
+    """What args.json holds, as this version names it; ValueError where it is damaged."""
     try:
         settings = limits.read_json(file)
         if not isinstance(settings, dict):
@@ -162,6 +156,12 @@ def begun_with(folder: Path) -> dict[str, Any]:
         return modernized(settings)
     except ValueError as error:
         raise ValueError(f"{file}: damaged: {error}; use another --save_dir") from error
+
+
+def begun_with(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; empty where there is none. See `read_settings`."""
+    file = folder / "args.json"
+    return read_settings(file) if file.is_file() and any(folder.glob("*.pth")) else {}
 
 
 def modernized(settings: dict[str, Any]) -> dict[str, Any]:
