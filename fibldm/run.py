@@ -1,7 +1,6 @@
 """Conducts a training: its steps, and when to log, save, validate and stop; first a preflight."""
 
 import io
-import json
 import math
 import signal
 import time
@@ -18,99 +17,14 @@ from fibldm import distributed
 from fibldm.batches import Batches, MicroBatch, Plan, Progress
 from fibldm.checkpoint import Stateful
 from fibldm.cli import STOPPED
-from fibldm.disk import replace_text
-from fibldm.distributed import say, warn
+from fibldm.distributed import say
+from fibldm.guard import Guard
 from fibldm.journal import FREE_OPTIONS, GIB, Journal, RunFolder
 from fibldm.tracking import require_wandb
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Batch = TypeVar("Batch")
 Validate = Callable[[int], None]  # measures after a step, and keeps the best snapshot
-
-
-class Guard:
-    """The numbers of the step under way, which must be finite on all ranks, and the log's means.
-
-    Scalars stay on the device until they are asked for.
-    """
-
-    def __init__(self, plan: Plan, folder: RunFolder) -> None:
-        self.plan, self.folder, self.progress = plan, folder, folder.progress
-        self.scalars: dict[str, list[Tensor]] = {}  # of the step under way
-        self.sums: dict[str, Tensor] = {}  # of the steps taken since the last log line
-        self.counts: dict[str, int] = {}
-        self.unreadable: set[int] = set()  # rows of this rank
-
-    def judge(self, grad_norm: Tensor, stop: bool) -> tuple[bool, ...]:
-        """Whether on any rank a loss or a gradient is not finite, one must stop, a file is bad."""
-        losses = torch.stack([value for values in self.scalars.values() for value in values])
-        self.scalars["grad_norm"] = [grad_norm.detach().float()]
-        finite = torch.stack([torch.isfinite(losses).all(), torch.isfinite(grad_norm)])
-        noted = torch.tensor([stop, bool(self.unreadable)], device=finite.device)
-        counts = distributed.sum_over_ranks(torch.cat([~finite, noted]).float())
-        return tuple(count > 0 for count in counts.tolist())
-
-    def accept(self) -> None:
-        """Take the step's scalars into the means."""
-        self.progress.bad_steps = 0
-        for name, values in self.scalars.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(values[0])) + sum(values)
-            self.counts[name] = self.counts.get(name, 0) + len(values)
-        self.scalars = {}
-
-    def refuse(self, step: int, batches: Batches, scaler: dict, overflow: bool) -> None:
-        """Count and warn of a step that is skipped; ValueError after too many in a row.
-
-        An overflow of fp16 is no error. `scaler`: the GradScaler's state, for the report.
-        """
-        self.progress.skipped += 1
-        own = {name: [float(v) for v in values] for name, values in self.scalars.items()}
-        self.scalars = {}
-        if overflow:
-            return
-        by_rank = distributed.gather(own)
-        bad = [n for n in own if not all(math.isfinite(v) for values in by_rank for v in values[n])]
-        what, most = f"step {step}: {', '.join(bad)} not finite", self.plan.max_bad_steps
-        self.progress.bad_steps += 1
-        if (count := self.progress.bad_steps) < most:
-            warn(f"{what}; it is skipped, as {count} in a row (--max_bad_steps {most})")
-            return
-        file = self.folder.path / "bad_batch.json"
-        if distributed.is_main():
-            found = [{n: list(map(str, v)) for n, v in values.items()} for values in by_rank]
-            content = {"step": step, "rows": batches.rows_of(step), "seed": self.plan.seed}
-            content |= {"scaler": scaler, "checkpoint_step": self.folder.saved_step}
-            content |= {"values_by_rank": found}
-            replace_text(file, json.dumps(content, indent=2) + "\n")
-        distributed.barrier()
-        raise ValueError(
-            f"training diverged: {what}, and {most} steps in a row were so (--max_bad_steps). "
-            f"{self.folder.where_saved()} {file} has the rows of the last batch, seed, values and "
-            "scaler state. Lower --lr, or use --precision fp32 or bf16, in another --save_dir"
-        )
-
-    def leave_out(self, batches: Batches, unreadable: Collection[int]) -> None:
-        """Take these rows no more; the same on all ranks. ValueError where there are too many."""
-        found = sorted(set(unreadable) - set(self.progress.bad_images))
-        if not found:
-            return
-        self.progress.bad_images += found
-        batches.leave_out(found)
-        count, most = len(self.progress.bad_images), self.plan.max_bad_images
-        text = f"rows {found} of the table (from 0) cannot be read any more: {count} in all "
-        text += f"(--max_bad_images {most})"
-        if count > most:
-            where = self.folder.where_saved()
-            raise ValueError(f"{text}. {where} Repair them; the same command goes on")
-        warn(f"{text}; other slices take their places")
-
-    def pop_means(self) -> dict[str, float]:
-        """Means over the ranks and the steps since the last call."""
-        means = {n: float(distributed.mean(v)) / self.counts[n] for n, v in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        if self.progress.skipped:
-            means["skipped_steps"] = self.progress.skipped
-        return means
 
 
 class Run:
@@ -133,6 +47,7 @@ class Run:
         self.journal: Journal | None = None  # of the main process
         self.batches: Batches | None = None  # once `batches_of` has made them
         self.signal, self.handlers = 0, {}  # the one that came; those before this run
+        self.warming_up = False  # in a step that is not taken
         self.saved = True  # nothing is lost before the first step
         self.stopping = False
         self.started, self.first = time.monotonic(), 0  # of the steps whose speed is shown
@@ -142,6 +57,11 @@ class Run:
     @property
     def progress(self) -> Progress:
         return self.folder.progress
+
+    @property
+    def scaler(self) -> Stateful | None:
+        """The GradScaler among the components."""
+        return self.folder.components.get("scaler")
 
     @property
     def rehearsing(self) -> bool:
@@ -204,8 +124,11 @@ class Run:
         validation and a save at full size, which are undone.
         """
         plan, progress = self.plan, self.progress
-        if progress.step < plan.steps and (plan.dry_run or not plan.no_preflight):
-            yield from self._rehearse(load, validate)
+        if progress.step < plan.steps:
+            if plan.dry_run or not plan.no_preflight:
+                yield from self._rehearse(load, validate)
+            elif distributed.world_size() > 1:
+                yield from self._warm_up(load)
         if plan.dry_run:
             say(f"--dry_run: steps {progress.step + 1} to {plan.steps} can be taken; none is")
             self.close()
@@ -228,6 +151,20 @@ class Run:
         for path in self.folder.path.glob("*_best.pth"):
             say(f"{path}: validation loss {progress.best:.4f}")
         self.close()
+
+    def _warm_up(self, load: Callable[[], Iterable[Batch]]) -> Iterator[tuple]:
+        """A step whose gradients are thrown away, in place of the preflight's.
+
+        DistributedDataParallel sorts what it sums by its first backward pass: without this, the
+        first step of each start would be rounded in another way than the steps after it.
+        """
+        step, loaded, scaler = self.progress.step + 1, iter(load()), self.scaler
+        scale = None if scaler is None else scaler.state_dict()
+        self.warming_up = True
+        yield step, ((micro, next(loaded)) for micro in self.batches.micro_batches(step))
+        self.warming_up = False
+        if scaler is not None:
+            scaler.load_state_dict(scale)
 
     def _rehearse(self, load: Callable[[], Iterable[Batch]], validate: Validate) -> Iterator[tuple]:
         """The preflight: what would fail after hours, for lack of memory or disk, fails now."""
@@ -281,9 +218,9 @@ class Run:
         stop = self.signal != 0 or time.monotonic() > self.deadline
         bad_loss, bad_gradient, stop, unreadable = guard.judge(grad_norm, stop)
         finite = not (bad_loss or bad_gradient)
-        if self.rehearsing:
+        if self.rehearsing or self.warming_up:
             guard.scalars, guard.unreadable = {}, set()
-            return finite
+            return finite and not self.warming_up
         self.stopping = stop
         if unreadable:
             rows = {row for rows in distributed.gather(guard.unreadable) for row in rows}
@@ -292,7 +229,7 @@ class Run:
         if finite:
             guard.accept()
         else:
-            scaler, step = self.folder.components.get("scaler"), self.progress.step + 1
+            scaler, step = self.scaler, self.progress.step + 1
             overflow = not bad_loss and scaler is not None and scaler.get_scale() > 1
             guard.refuse(step, self.batches, scaler.state_dict() if scaler else {}, overflow)
         return finite

@@ -20,7 +20,7 @@ DATA = {
 }
 TRAINING = {
     *("cli", "config", "batches", "run", "journal", "distributed", "checkpoint", "validation"),
-    *("reconstruction", "tracking"),
+    *("guard", "reconstruction", "tracking"),
 }
 JUDGEMENT = {
     *("features", "weights", "metrics", "disease", "privacy", "samples", "measurement"),
@@ -91,7 +91,8 @@ MAY_IMPORT = {
     "batches": {"distributed", "optim"},
     "config": {"limits", "unet"},
     "cli": {"config", "distributed", "optim"},
-    "run": {"batches", "checkpoint", "cli", "disk", "distributed", "journal", "tracking"},
+    "guard": {"batches", "disk", "distributed", "journal"},
+    "run": {"batches", "checkpoint", "cli", "distributed", "guard", "journal", "tracking"},
     "reconstruction": {
         *("anatomy", "batches", "datasets", "distributed", "features", "panels", "run", "vae"),
     },

@@ -768,6 +768,16 @@ def test_two_gloo_processes_equal_one(stage, stages, phantoms, tmp_path):
         assert last[0][name] == pytest.approx(last[1][name], abs=2e-2), name
 
 
+def test_three_processes_go_on_to_the_bit(stages, tmp_path):
+    """The order in which sums over processes are made is the same in each start."""
+    more = ["--batch_size", "6", "--val_interval", "2", "--dropout", "0.3", "--grad_accum", "2"]
+    for folder, steps in ("whole", "4"), ("halves", "2"), ("halves", "4"):
+        arguments = unet_options(stages, tmp_path / folder, "--steps", steps, *more)
+        torchrun(train_ldm_unet, arguments, processes=3)
+    for name in "last.pth", "unet_best.pth":
+        assert_same_state(tmp_path / "whole" / name, tmp_path / "halves" / name)
+
+
 def test_accumulation_equals_one_batch(stages, phantoms, tmp_path):
     for name, parts in ("one", "1"), ("four", "4"):
         more = ["--steps", "3", "--grad_accum", parts]

@@ -770,6 +770,23 @@ def test_a_dry_run_ends_after_the_preflight(tmp_path, capsys):
     assert logged(tmp_path / "run") == [1, 2, 3]
 
 
+def test_a_warm_up_is_a_step_that_is_not_taken(tmp_path):
+    """Nor does it count as one without an overflow, after which fp16 is scaled up."""
+    run, model = begin(tmp_path / "run", steps=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    run.folder.components["scaler"] = scaler
+    run.batches_of(ROWS)
+    for step, _ in run._warm_up(itertools.count):
+        scaler.scale(model.weight.sum()).backward()
+        scaler.unscale_(optimizer := torch.optim.SGD(model.parameters(), lr=1.0))
+        assert step == 1 and not take(run, model)
+        scaler.update()
+        optimizer.zero_grad()
+    assert model.weight.item() == 0 and run.progress == Progress()
+    assert scaler.state_dict()["scale"] == 4.0 and take(run, model)
+    run.close()
+
+
 def test_a_preflight_needs_room_for_what_will_be_kept(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(journal.shutil, "disk_usage", lambda _: usage(10**6, 0, 4000))
