@@ -12,7 +12,7 @@ from fibldm.checkpoint import load_model, require_equal, source_hash
 from fibldm.controlnet import ControlNet
 from fibldm.datasets import Views
 from fibldm.encoding import LatentDataset, encode_csv, training_batches
-from fibldm.optim import EMA, Precision, adamw, clear_gradients, clip_gradients, optimizer_step
+from fibldm.optim import EMA, adamw, clear_gradients, clip_gradients, optimizer_step
 from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.synthesis import Synthesizer
@@ -60,8 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
-    precision = Precision(args.precision, device)
     run = Run(args.save_dir, Plan.of(vars(args)), device, vars(args))
+    precision = run.precision
     vae, vae_content = load_model(args.vae_checkpoint, VAE)
     unet, unet_content = load_model(args.unet_checkpoint, UNet)
     vae, unet = vae.to(device), unet.to(device)

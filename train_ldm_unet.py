@@ -10,7 +10,7 @@ from fibldm.batches import Plan, seed_dropout
 from fibldm.checkpoint import load_model, read_start
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset, training_batches
-from fibldm.optim import EMA, Precision, adamw, clear_gradients, clip_gradients, optimizer_step
+from fibldm.optim import EMA, adamw, clear_gradients, clip_gradients, optimizer_step
 from fibldm.run import Run
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.synthesis import Synthesizer
@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
-    precision = Precision(args.precision, device)
     run = Run(args.save_dir, Plan.of(vars(args)), device, vars(args))
+    precision = run.precision
     data = LatentDataset(args.latent_data_dir)
     data.require_shape(args.latent_dim, args.latent_size)
     vae, _ = load_model(args.vae_checkpoint, VAE)

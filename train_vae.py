@@ -15,7 +15,7 @@ from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CHECKED, CTDataset, load_batches, shift_slices
 from fibldm.disk import file_hash
 from fibldm.losses import reconstruction_loss, structural_loss
-from fibldm.optim import EMA, Muon, Precision, clear_gradients, clip_gradients, optimizer_step
+from fibldm.optim import EMA, Muon, clear_gradients, clip_gradients, optimizer_step
 from fibldm.reconstruction import VAEValidation, choose_perceptual, input_warnings
 from fibldm.run import Run
 from fibldm.tables import Split, read_table
@@ -120,10 +120,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
-    precision = Precision(args.precision, device)
     before = begun_with(Path(args.save_dir)).get("perceptual")
     args.perceptual, lpips = choose_perceptual(args.perceptual, device, before)
     run = Run(args.save_dir, Plan.of(vars(args)), device, vars(args))
+    precision = run.precision
     split = Split(args.split_seed, args.val_fraction, args.test_fraction)
     rows, notes = read_table(args.csv_file, args.img_dir, split)
     folder, window = Path(args.csv_file).parent, tuple(args.window)

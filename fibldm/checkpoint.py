@@ -354,7 +354,8 @@ def load_training(
             component.load_state_dict(content["states"][name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: its {name} does not fit the one that these options build: {error}"
+                f"{path}: its {name} does not fit the one that these options build"
+                f"{', nor its precision this --precision' * (name == 'scaler')}: {error}"
             ) from error
     return content
 

@@ -68,6 +68,8 @@ class RunFolder:
             raise ValueError(f"{self.path} holds checkpoints but no args.json; use another folder")
         before, now = begun_with(self.path), self.settings
         free = FREE_OPTIONS - ({"steps"} if before.get("lr_schedule") == "cosine" else set())
+        if before.get("precision") == "auto":  # an older version did not note what it was
+            free |= {"precision"}
         changed = [
             f"--{name} was {before.get(name)}, is {now.get(name)}"
             for name in sorted((before.keys() | now.keys()) - free)

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Precision:
     """Automatic mixed precision: a context for the networks, and a GradScaler (fp16 alone)."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "auto" and device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            name = "bf16" if has_bf16() else "fp16"
         self.name = "fp32" if name == "auto" else name
         torch.backends.cudnn.allow_tf32 = self.name != "fp32"
         self.device = device

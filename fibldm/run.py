@@ -17,14 +17,34 @@ from fibldm import distributed
 from fibldm.batches import Batches, MicroBatch, Plan, Progress
 from fibldm.checkpoint import Stateful
 from fibldm.cli import STOPPED
+from fibldm.config import read_settings
 from fibldm.distributed import say
 from fibldm.guard import Guard
 from fibldm.journal import FREE_OPTIONS, GIB, Journal, RunFolder
+from fibldm.optim import Precision, has_bf16
 from fibldm.tracking import require_wandb
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Batch = TypeVar("Batch")
 Validate = Callable[[int], None]  # measures after a step, and keeps the best snapshot
+
+
+def kept_precision(folder: str | Path, asked: str, device: torch.device) -> str:
+    """The name of a run's precision: "auto" is what it began with, on whichever device it goes on.
+
+    At its beginning it is what the GPUs of all processes have. ValueError where this one lacks it.
+    """
+    file, kept = Path(folder) / "args.json", None
+    if asked == "auto" and file.is_file() and any(file.parent.glob("*.pth")):
+        kept = read_settings(file).get("precision")
+    if kept == "bf16" and device.type == "cuda" and not has_bf16():
+        raise ValueError(
+            f"{folder}: the run began in bf16 (--precision auto), which this GPU does not have; go "
+            "on on a GPU of compute capability 8.0 or above, or begin again in another --save_dir: "
+            "there it would be fp16"
+        )
+    found = distributed.gather(Precision(kept or asked, device).name)
+    return "fp16" if asked == "auto" and "fp16" in found else found[distributed.rank()]
 
 
 class Run:
@@ -33,16 +53,21 @@ class Run:
     SIGINT, SIGTERM, SIGUSR1 and the time limit are noted. After the step under way, at which all
     ranks agree, the run is saved and left with exit code 75. While all is on disk, as in a
     validation, they end the process at once; a second signal always does. `settings`: the options
-    of the script, kept in args.json. ValueError where the folder holds a run with others.
+    of the script, kept in args.json. ValueError where the folder holds a run with others. Its
+    `precision` is the one that the run began with.
     """
 
     def __init__(
         self, folder: str | Path, plan: Plan, device: torch.device, settings: dict | None = None
     ) -> None:
-        self.plan, self.device = plan, device
-        if settings and settings.get("wandb"):
+        self.plan, self.device, settings = plan, device, settings or asdict(plan)
+        if settings.get("wandb"):
             require_wandb()
-        self.folder = RunFolder(folder, settings or asdict(plan), device, plan.keep_last)
+        name = kept_precision(folder, settings.get("precision", "auto"), device)
+        self.precision = Precision(name, device)
+        if "precision" in settings:
+            settings = settings | {"precision": name}
+        self.folder = RunFolder(folder, settings, device, plan.keep_last)
         self.guard = Guard(plan, self.folder)
         self.journal: Journal | None = None  # of the main process
         self.batches: Batches | None = None  # once `batches_of` has made them

@@ -92,7 +92,10 @@ MAY_IMPORT = {
     "config": {"limits", "unet"},
     "cli": {"config", "distributed", "optim"},
     "guard": {"batches", "disk", "distributed", "journal"},
-    "run": {"batches", "checkpoint", "cli", "distributed", "guard", "journal", "tracking"},
+    "run": {
+        *("batches", "checkpoint", "cli", "config", "distributed", "guard", "journal", "optim"),
+        "tracking",
+    },
     "reconstruction": {
         *("anatomy", "batches", "datasets", "distributed", "features", "panels", "run", "vae"),
     },

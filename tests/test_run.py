@@ -17,7 +17,7 @@ from conftest import training_options as options
 from PIL import Image
 from torch import nn
 
-from fibldm import journal
+from fibldm import journal, optim
 from fibldm import run as run_module
 from fibldm.batches import Batches, Plan, Progress
 from fibldm.checkpoint import save
@@ -292,6 +292,43 @@ def test_an_absent_package_is_named_before_anything_begins(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="pip install wandb"):
         begin(tmp_path / "run", wandb="lungs")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_the_precision_that_a_run_began_with(tmp_path, monkeypatch):
+    """On any device; one that does not have it is told what to do. Other names are refused."""
+    cards = {"new": True, "old": False}
+
+    def precision(folder: str, asked: str, card: str | None, wrote: bool = True) -> str:
+        device = torch.device("cpu" if card is None else "cuda")
+        monkeypatch.setattr(optim, "has_bf16", lambda: cards[card])
+        monkeypatch.setattr(run_module, "has_bf16", lambda: cards[card])
+        settings = options(precision=asked)
+        run = Run(tmp_path / folder, Plan.of(settings), device, settings)
+        if wrote:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "args.json").write_text(json.dumps(run.folder.settings))
+            (tmp_path / folder / "last.pth").touch()
+        return run.precision.name
+
+    assert precision("run", "auto", "old", wrote=False) == "fp16"  # nothing is kept before a save
+    assert [precision("run", "auto", card) for card in ("new", "new", None)] == ["bf16"] * 3
+    assert precision("run", "bf16", "new") == "bf16"
+    with pytest.raises(ValueError, match=r"began in bf16 .*capability 8.0 .*another --save_dir"):
+        precision("run", "auto", "old")
+    with pytest.raises(ValueError, match="--precision was bf16, is fp16"):
+        precision("run", "fp16", "old")
+    assert [precision("older", "auto", card) for card in ("old", "new")] == ["fp16"] * 2
+    assert [precision("laptop", "auto", card) for card in (None, "new")] == ["fp32"] * 2
+    before = json.loads((tmp_path / "laptop" / "args.json").read_text())
+    (tmp_path / "laptop" / "args.json").write_text(json.dumps(before | {"precision": "auto"}))
+    assert precision("laptop", "auto", "new") == "bf16"  # an older version did not note it
+
+
+def test_processes_of_one_run_compute_in_the_same_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal.distributed, "gather", lambda name: [name, "fp16"])
+    monkeypatch.setattr(optim, "has_bf16", lambda: True)
+    assert run_module.kept_precision(tmp_path, "auto", torch.device("cuda")) == "fp16"
+    assert run_module.kept_precision(tmp_path, "bf16", torch.device("cuda")) == "bf16"
 
 
 def test_free_options_may_change(tmp_path):
