@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -120,35 +121,101 @@ _heartbeat: Heartbeat | None = None
 def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
     """Join the process group that torchrun announces, if any; return this rank's device.
 
-    `device` is "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:N" without torchrun.
-    Where a process of several makes no progress for `timeout` minutes, it is named and all end.
-    Raises ValueError when a GPU is asked for and absent.
+    `device` is as `choose_device` has it. Where a process of several makes no progress for
+    `timeout` minutes, it is named and all end. Raises ValueError where a GPU cannot be used.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if available else "cpu"
-    number = device.removeprefix("cuda:")
-    if device == "cuda" or number.isdecimal():
-        if number.isdecimal() and "RANK" in os.environ:
-            raise ValueError(
-                f"--device {device}: under torchrun each process takes its own GPU; use cuda"
-            )
-        index = int(number) if number.isdecimal() else int(os.environ.get("LOCAL_RANK", 0))
-        if index >= available:
-            raise ValueError(
-                f"--device {device}: GPU {index} is asked for, {available} are visible to PyTorch; "
-                "use --device cpu, start fewer processes, or check nvidia-smi and the driver"
-            )
-        torch.cuda.set_device(index)
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        device = f"cuda:{index}"
-    elif device != "cpu":
-        raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if "RANK" in os.environ and not dist.is_initialized():
-        _join(torch.device(device), timeout)
-    return torch.device(device)
+        _join(chosen, timeout)
+    return chosen
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device of this rank: "auto" (a GPU where there is one), "cpu", "cuda", or "cuda:N".
+
+    "cuda:N" is for one process without torchrun. Raises ValueError where a GPU is asked for and
+    absent, and where one is there that this build of PyTorch cannot use: "auto" would compute on
+    the CPU without a word.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        if not available and (sign := _sign_of_a_gpu()):
+            raise ValueError(f"--device auto: {sign}, but {_why_no_gpu()}{ON_PURPOSE}")
+        device = "cuda" if available else "cpu"
+    number = device.removeprefix("cuda:")
+    if device != "cuda" and not number.isdecimal():
+        if device != "cpu":
+            raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+        return torch.device("cpu")
+    if number.isdecimal() and "RANK" in os.environ:
+        raise ValueError(
+            f"--device {device}: under torchrun each process takes its own GPU; use cuda"
+        )
+    index = int(number) if number.isdecimal() else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= available:
+        why = "start fewer processes, or check nvidia-smi" if available else _why_no_gpu()
+        raise ValueError(
+            f"--device {device}: GPU {index} is asked for, {available} are visible to PyTorch: "
+            f"{why}{ON_PURPOSE}"
+        )
+    _require_kernels(index)
+    return torch.device("cuda", index)
+
+
+ON_PURPOSE = "; or give --device cpu to compute on the CPU"
+OTHER_BUILD = "install PyTorch from its index for CUDA 12, as its install page shows"
+GPU_FILES = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))
+HIDDEN = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES: no GPU is wanted; the last is Slurm's
+
+
+def _sign_of_a_gpu() -> str | None:
+    """What says that this process has an NVIDIA GPU; None without, or where it is to use none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        hidden = visible.split(",")[0].strip() in HIDDEN
+        return None if hidden else f"CUDA_VISIBLE_DEVICES is {visible}"
+    return next((f"{path} is there" for path in GPU_FILES if path.exists()), None)
+
+
+def _why_no_gpu() -> str:
+    """Why PyTorch sees no GPU, and what to do."""
+    name = f"PyTorch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{name} is a build for CPUs alone; {OTHER_BUILD}"
+    try:
+        torch.cuda.init()
+        reason = "no GPU is found"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+    return (
+        f"{name}, built for CUDA {torch.version.cuda}, can use none ({reason}); check nvidia-smi, "
+        f"and that the job or container was given a GPU; for an older driver {OTHER_BUILD}"
+    )
+
+
+def _require_kernels(index: int) -> None:
+    """ValueError where PyTorch was built for other GPUs than this one.
+
+    Code for sm_XY runs on X.Z with Z >= Y; that for compute_XY on all that are newer too.
+    """
+    if torch.version.cuda is None:  # AMD's
+        return
+    card, kernels = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(kernels)):
+        built = int(major), int(minor)
+        if built <= card and (kind == "compute" or built[0] == card[0]):
+            return
+    if kernels:
+        raise ValueError(
+            f"GPU {index} ({torch.cuda.get_device_name(index)}) has compute capability "
+            f"{card[0]}.{card[1]}, but PyTorch {torch.__version__} was built for "
+            f"{' '.join(kernels)}; {OTHER_BUILD}{ON_PURPOSE}"
+        )
 
 
 def _join(device: torch.device, timeout: float) -> None:

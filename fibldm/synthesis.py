@@ -20,6 +20,7 @@ from fibldm.batches import item_noise
 from fibldm.checkpoint import load, load_model, require_equal, source_hash
 from fibldm.conditions import ContourForm, Label, fit_contours, read_labels
 from fibldm.controlnet import ControlNet, make_denoiser
+from fibldm.distributed import choose_device
 from fibldm.optim import Precision
 from fibldm.privacy import LATENTS, PIXELS, Privacy
 from fibldm.samplers import SAMPLERS, guide
@@ -146,8 +147,6 @@ class Synthesizer:
         Or give, as `vae`, the folder that scripts/export_weights.py wrote. Raises ValueError where
         a file is damaged, or was trained with another of them.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         if Path(vae).is_dir():  # of scripts/export_weights.py
             if unet is not None or controlnet is not None:
                 raise ValueError(f"{vae}: a folder has all models in it; give no others beside it")
@@ -155,7 +154,7 @@ class Synthesizer:
             vae, unet, controlnet = files[0], *(f if f.is_file() else None for f in files[1:])
         if unet is None and controlnet is not None:
             raise ValueError(f"{controlnet}: a ControlNet steers a U-Net: give its unet_best.pth")
-        device = torch.device(device)
+        device = choose_device() if device == "auto" else torch.device(device)
         vae_model, content = load_model(vae, VAE)
         facts = {"window": tuple(content["window"]), "split": Split(**content["split"])}
         lineage = [source_hash(vae)]

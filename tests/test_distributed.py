@@ -49,6 +49,91 @@ def test_unknown_devices_are_refused_by_name(device):
         distributed.setup(device)
 
 
+# A GPU that PyTorch cannot use is told, not left out in silence.
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with one GPU, or with none that PyTorch sees (card None)."""
+
+    def make(card: tuple[int, int] | None, kernels: str = "", cuda: str | None = "13.0") -> None:
+        driver = "The NVIDIA driver on your system is too old (found version 12040). Update it."
+
+        def init() -> None:
+            raise RuntimeError(driver)
+
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(distributed, "GPU_FILES", (tmp_path / "no", tmp_path))
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for name, value in {
+            "init": init,
+            "is_available": lambda: card is not None,
+            "device_count": lambda: 1,
+            "get_device_capability": lambda index: card,
+            "get_device_name": lambda index: "Tesla",
+            "get_arch_list": kernels.split,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return make
+
+
+NEW = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+
+
+def test_auto_does_not_pass_over_a_gpu_in_silence(machine, monkeypatch, tmp_path):
+    machine(None)
+    with pytest.raises(ValueError, match=r"--device auto: .* is there.*too old \(found .*CUDA 12"):
+        distributed.choose_device()
+    with pytest.raises(ValueError, match="--device cpu"):
+        distributed.choose_device("auto")
+    with pytest.raises(ValueError, match=r"GPU 0 is asked for, 0 are visible.*too old"):
+        distributed.choose_device("cuda")
+    assert distributed.choose_device("cpu").type == "cpu"
+    machine(None, cuda=None)
+    with pytest.raises(ValueError, match="a build for CPUs alone; install PyTorch"):
+        distributed.choose_device()
+    monkeypatch.setattr(distributed, "GPU_FILES", (tmp_path / "no",))
+    assert distributed.choose_device().type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES is 0,1"):
+        distributed.choose_device()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_a_hidden_gpu_is_a_wish_for_the_cpu(machine, monkeypatch, hidden):
+    machine(None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert distributed.choose_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("card", "kernels", "fits"),
+    [
+        ((7, 0), NEW, False),
+        ((7, 5), NEW, True),
+        ((8, 9), NEW, True),
+        ((12, 1), NEW, True),
+        ((9, 0), "sm_80 sm_90a", True),
+        ((11, 0), NEW, False),
+        ((11, 0), "sm_80 compute_90", True),
+        ((7, 0), "sm_80 compute_80", False),
+    ],
+)
+def test_a_build_for_other_gpus_is_refused(machine, card, kernels, fits):
+    machine(card, kernels)
+    for device in "auto", "cuda", "cuda:0":
+        if fits:
+            assert distributed.choose_device(device) == torch.device("cuda:0")
+            continue
+        with pytest.raises(
+            ValueError, match=rf"Tesla.* {card[0]}\.{card[1]}, .*{kernels}; install"
+        ):
+            distributed.choose_device(device)
+    machine(card, "gfx90a", cuda=None)  # AMD's
+    assert distributed.choose_device().type == "cuda"
+
+
 # Heartbeat.
 
 

@@ -72,8 +72,8 @@ MAY_IMPORT = {
     },
     "conditions": {"ct", "encoding", "tables", "unet"},
     "synthesis": {
-        *("batches", "checkpoint", "conditions", "controlnet", "ct", "export", "optim", "privacy"),
-        *("samplers", "scheduler", "tables", "unet", "vae"),
+        *("batches", "checkpoint", "conditions", "controlnet", "ct", "distributed", "export"),
+        *("optim", "privacy", "samplers", "scheduler", "tables", "unet", "vae"),
     },
     "samples": {
         *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),
