@@ -13,11 +13,19 @@ import torch
 
 from fibldm import distributed
 from fibldm.config import Parser
+from fibldm.distributed import ON_PURPOSE, OTHER_BUILD
 from fibldm.optim import SCHEDULES
 
 MISTAKE = 2  # exit code of a user's mistake, or a limit of the machine
 STOPPED = 75  # exit code of a run that stopped early with all saved: the same command goes on
 GIB = 2**30
+# What PyTorch, cuBLAS, cuDNN and NCCL say, in small letters. cuDNN's internal errors are mostly of
+# memory too.
+NO_GPU_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+NO_GPU_MEMORY += ("cudnn_status_internal_error",)
+BUSY = ("busy or unavailable",)
+WRONG_BUILD = ("no kernel image is available", "driver version is insufficient")
+WRONG_BUILD += ("driver on your system is too old", "forward compatibility was attempted")
 PASSING = {  # errors of a file system that may be well the next time
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTDOWN),
 }
@@ -287,16 +295,16 @@ def run_script(main, parse_args) -> None:
         code = 0 if again else stop.code or 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sizes = (getattr(args, name, None) for name in ("batch_size", "grad_accum"))
-        memory = out_of_memory(error, *sizes)
-        program = memory is None and isinstance(error, RuntimeError)
+        limit = out_of_memory(error, *sizes) or unusable_gpu(error)
+        program = limit is None and isinstance(error, RuntimeError)
         if program or os.environ.get("FIBLDM_TRACEBACK") == "1":
             raise
         who = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT)
         remedy = "; free space, and run the same command again" if full else ""
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {memory or error}{remedy}\n")
-        code = 1 if number in PASSING else MISTAKE
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{who}: {limit or error}{remedy}\n")
+        code = 1 if number in PASSING or _line_with(error, BUSY) else MISTAKE
     distributed.leave(code)
 
 
@@ -305,13 +313,10 @@ def out_of_memory(
 ) -> str | None:
     """What to lower, with numbers, where an error is of memory; None where it is another."""
     first = str(error).split("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        free, total = (n / GIB for n in torch.cuda.mem_get_info())
-        peak = torch.cuda.max_memory_allocated() / GIB
-        what = f"out of GPU memory: {total:.1f} GiB, of which this process used up to {peak:.1f} "
-        what += f"and {free:.1f} are free. {first}"
-    elif isinstance(error, MemoryError) or "can't allocate memory" in first:
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:
         what = f"out of memory: {first}"
+    elif isinstance(error, RuntimeError) and (line := _line_with(error, NO_GPU_MEMORY)):
+        what = f"out of GPU memory{_gpu_memory()}. {line}"
     else:
         return None
     if batch_size is None:
@@ -329,3 +334,34 @@ def out_of_memory(
             f"({batch_size}, over {processes} processes)"
         )
     return f"{what}\nOnly one slice is computed at once: lower the widths of the network"
+
+
+def unusable_gpu(error: Exception) -> str | None:
+    """What to do where an error is of a GPU in use, or one that PyTorch is not built for."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if line := _line_with(error, BUSY):
+        return (
+            f"the GPU is busy, or was not given to this job: {line}. See nvidia-smi for who uses "
+            "it; wait, or choose another one by CUDA_VISIBLE_DEVICES, and run the same command "
+            "again"
+        )
+    if line := _line_with(error, WRONG_BUILD):
+        return f"PyTorch {torch.__version__} cannot use this GPU: {line}; {OTHER_BUILD}{ON_PURPOSE}"
+    return None
+
+
+def _line_with(error: Exception, words: tuple[str, ...]) -> str | None:
+    """The line of an error of CUDA's libraries that has one of these words."""
+    lines = str(error).splitlines() if isinstance(error, RuntimeError) else []
+    return next((n.strip() for n in lines if any(w in n.lower() for w in words)), None)
+
+
+def _gpu_memory() -> str:
+    """How much a GPU has and how much is used, where it still answers."""
+    try:
+        free, total = (n / GIB for n in torch.cuda.mem_get_info())
+        peak = torch.cuda.max_memory_allocated() / GIB
+    except (RuntimeError, AssertionError):
+        return ""
+    return f": {total:.1f} GiB, of which this process used up to {peak:.1f} and {free:.1f} are free"

@@ -108,6 +108,37 @@ def test_out_of_gpu_memory_says_what_to_lower_with_numbers(monkeypatch):
     assert out_of_memory(RuntimeError("shape mismatch"), 8, 1) is None
 
 
+NCCL = """NCCL error in: ../ProcessGroupNCCL.cpp:94, unhandled cuda error
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 2 'out of memory'"""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", "CUDA error: out of"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "ALLOC"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "DEVICE_ALLOC"),
+        (NCCL, "Cuda failure 2 'out of memory'"),
+    ],
+)
+def test_out_of_gpu_memory_in_the_words_of_cudas_libraries(error, shown, monkeypatch):
+    """Also where the GPU does not answer any more."""
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    for kind in RuntimeError, torch.AcceleratorError, torch.distributed.DistBackendError:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * 2**30)
+        said = out_of_memory(kind(error), 64, 2)
+        assert shown in said and "80.0 GiB" in said and "--grad_accum from 2 to 4" in said
+        monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+        assert "out of GPU memory. " in out_of_memory(kind(error), 64, 2)
+
+
 @pytest.fixture
 def ended(monkeypatch):
     """The exit code that a script's main, which raises this, ends with."""
@@ -142,6 +173,19 @@ def test_a_stopped_run_has_its_own_code_but_is_not_restarted_by_torchrun(
 def test_what_may_pass_has_another_code_than_a_mistake(ended):
     assert ended(OSError(errno.ESTALE, "Stale file handle", "/data/latents.npy")) == 1
     assert ended(OSError(errno.EACCES, "Permission denied", "/data/latents.npy")) == 2
+
+
+def test_a_gpu_that_is_busy_or_of_another_kind_is_one_message(ended, capsys):
+    busy = "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might"
+    assert ended(torch.AcceleratorError(busy)) == 1  # it may go well another time
+    shown = capsys.readouterr().err
+    assert "nvidia-smi" in shown and "same command" in shown and "Traceback" not in shown
+    other = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel"
+    assert ended(RuntimeError(other)) == 2
+    shown = capsys.readouterr().err
+    assert "CUDA 12" in shown and "--device cpu" in shown and "Traceback" not in shown
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ended(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize(
