@@ -94,7 +94,8 @@ def prepare(
         with contextlib.closing(work):  # no process goes on after an error
             prepared, rows, of_table = _keep_all(work, jobs, output, of_patients, left_out)
         _write_report(report, left_out)
-    notes = of_table + notes + _remarks(series, labels, rows, options)
+    made = [note for group in prepared.values() for result in group for note in result.notes]
+    notes = of_table + made + notes + _remarks(series, labels, rows, options)
     unused = [item for _, item in left_out]
     return Preparation(rows, prepared, len(unchanged), unused, notes, key_file, report)
 

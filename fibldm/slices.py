@@ -1,8 +1,8 @@
-"""The slices of a series: read upright in HU, fitted into squares, written with their lungs."""
+"""The slices of a series: corrected, fitted into squares, written with their lungs."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -11,151 +11,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fibldm import ct, dicom, disk, volumes
+from fibldm import ct, disk, spine
 from fibldm.anatomy import hu_problem
+from fibldm.fields import Field, Surround
 from fibldm.lungs import lung_mask
+from fibldm.scans import Slice, read_series
 from fibldm.series import LeftOut, Options, Series, Source
 
 INTERCEPT = -1024  # HU of a stored 0
 MAX_HU = 32767
-NEAR = 1.0  # mm between an image and its mask, at most
-
-
-# Reading.
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One upright slice: HU (H, W), mm between rows and between columns, mm towards the head."""
-
-    where: str
-    hu: np.ndarray
-    spacing: tuple[float, float] | None
-    height: float | None
-    mask: np.ndarray | None
-    source: Source
-
-
-def read_series(series: Series, options: Options) -> Iterator[Slice | LeftOut]:
-    """The slices of a series, upright and from head to feet; or why one of them can't be used.
-
-    Raises ValueError where nothing of the series can be.
-    """
-    if series.kind == "volume":
-        yield from _read_volume(series.sources[0], options)
-        return
-    opened: dict = {}  # the file read last: a multi-frame one holds the next slices too
-    for source in series.sources:
-        where = source.header.where if source.header else str(source.path)
-        try:
-            if source.header is not None:
-                yield _read_dicom(source, opened)
-            else:
-                yield _read_picture(source, series.kind, options)
-        except ValueError as error:
-            yield LeftOut(where, str(error).removeprefix(f"{source.path}: "))
-
-
-def _read_dicom(source: Source, opened: dict) -> Slice:
-    header = source.header
-    try:
-        if opened.get("path") != source.path:
-            opened |= {"path": source.path, "file": dicom.read_file(source.path)}
-        hu = dicom.read_frame(opened["file"], header.frame)
-    except Exception as error:  # decoders raise anything on damaged files
-        raise ValueError(f"{source.path}: {error}") from error
-    hu, mask = dicom.upright(hu, header.orientation), None
-    if source.mask is not None and volumes.kind_of(source.mask) == "nifti":
-        if opened.get("mask") != source.mask:
-            opened |= {"mask": source.mask, "volume": volumes.decode(source.mask)}
-        mask = _at_slice(source.mask, opened["volume"], header)
-    elif source.mask is not None and header.frames > 1:
-        raise ValueError(f"{source.mask}: one slice, expected a NIfTI volume for several frames")
-    elif source.mask is not None:
-        mask = dicom.upright(ct.read_contour(source.mask)[0], header.orientation)
-    mask = _same_shape(mask, hu, source.mask)
-    turned = abs(header.orientation[0]) < abs(header.orientation[1])
-    spacing = header.spacing[::-1] if header.spacing and turned else header.spacing
-    return Slice(header.where, hu, spacing, header.height, mask, source)
-
-
-def _at_slice(path: Path, mask: volumes.Volume, header: dicom.Header) -> np.ndarray:
-    """The slice of a mask's volume where a DICOM slice lies, bool (H, W)."""
-    if mask.heights is None:
-        raise ValueError(f"{path}: its header has no orientation, expected one")
-    nearest = int(np.abs(mask.heights - header.height).argmin())
-    shift = *(mask.corner - header.corner_upright), mask.heights[nearest] - header.height
-    _require_near(path, shift, header.where)
-    return ct.as_mask(mask.values[nearest])
-
-
-def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
-    shift = np.array([float(mm) for mm in shift])
-    if np.abs(shift).max() > NEAR:
-        raise ValueError(
-            f"{path}: lies {', '.join(f'{mm:.1f}' for mm in shift)} mm (to the left, the back, the "
-            f"head) from {where}, expected the same place"
-        )
-
-
-def _read_picture(source: Source, kind: str, options: Options) -> Slice:
-    """A 2D file and its mask. Those of a table are read as the stages read them."""
-    mask = height = None
-    spacing = (source.spacing, source.spacing) if source.spacing else None
-    if kind == "table":
-        hu = ct.read_hu(source.path, source.rescale, options.window)
-        if source.mask is not None:
-            mask = ct.read_contour(source.mask)[0]
-    else:
-        volume = _read_hu(source.path, source.rescale, options)
-        hu, spacing = volume.values[0], volume.spacing
-        height = None if volume.heights is None else float(volume.heights[0])
-        if source.mask is not None:
-            mask = ct.as_mask(_read_mask(source.mask, options).values[0])
-    problem = None if options.trust_hu else hu_problem(hu)
-    if problem:
-        raise ValueError(problem)
-    mask = _same_shape(mask, hu, source.mask)
-    return Slice(str(source.path), hu, spacing, height, mask, source)
-
-
-def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
-    volume, masks = _read_hu(source.path, source.rescale, options), None
-    heights = [None] * len(volume.values) if volume.heights is None else volume.heights
-    if source.mask is not None:
-        mask = _read_mask(source.mask, options)
-        masks = _same_shape(ct.as_mask(mask.values), volume.values, source.mask)
-        if volume.heights is not None and mask.heights is not None:
-            furthest = np.abs(volume.heights - mask.heights).argmax()
-            shift = *(mask.corner - volume.corner), (mask.heights - volume.heights)[furthest]
-            _require_near(source.mask, shift, str(source.path))
-    for i, (image, height) in enumerate(zip(volume.values, heights, strict=True)):
-        mask = None if masks is None else masks[i]
-        yield Slice(f"{source.path} slice {i + 1}", image, volume.spacing, height, mask, source)
-
-
-def _read_mask(path: Path, options: Options) -> volumes.Volume:
-    """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
-    return volumes.read_volume(path, axes=options.array_axes)
-
-
-def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) -> volumes.Volume:
-    """HU of a slice or volume file, upright and from head to feet."""
-    volume = volumes.read_volume(path, options.variable, options.array_axes)
-    rescale = (1.0, 0.0) if volume.is_hu else rescale
-    hu = ct.scale_to_hu(volume.values, path, rescale, options.window)
-    if volume.is_hu:
-        hu = np.where(hu < dicom.OUTSIDE, np.float32(dicom.AIR), hu)
-    return replace(volume, values=hu)
-
-
-def _same_shape(mask: np.ndarray | None, hu: np.ndarray, path: Path | None) -> np.ndarray | None:
-    if mask is not None and mask.shape != hu.shape:
-        raise ValueError(f"{path}: a mask of {mask.shape} pixels, expected {hu.shape}: its image's")
-    return mask
-
-
-# Writing.
+UPSIDE_DOWN = (
+    "the spine is above, whatever its header or its axes say: its slices are turned by 180 "
+    "degrees, and left stays left if they were turned before, not mirrored; look at them"
+)
 
 
 @dataclass(frozen=True)
@@ -174,10 +42,14 @@ class Settings:
 
 @dataclass
 class Prepared:
-    """What became of one series. `rows` are lines of label.csv; `error` says why there are none."""
+    """What became of one series. `rows` are lines of label.csv; `error` says why there are none.
+
+    `notes` name the series, and say what was corrected against its headers.
+    """
 
     rows: list[dict[str, str]] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     found: int = 0
     masks: int = 0  # contours that came from masks
     error: str | None = None  # "": all its slices were left out
@@ -209,25 +81,24 @@ def prepare_series(
 
     Raises OSError where they can't be written; all that is wrong with the series is in the result.
     """
-    result, fitted = Prepared(), []
+    result = Prepared()
     try:
-        for item in read_series(series, options):
-            result.found += 1
-            if isinstance(item, LeftOut):
-                result.left_out.append(item)
-            else:
-                fitted.append(_fit(item, settings))
+        fitted = _read_fitted(series, options, settings, result)
         if not fitted:
             result.error = "" if result.left_out else "no slices in it"
             return result
         samples = [one.sample for one in fitted]
-        alike = len({sample.shape for sample in samples}) == 1
+        alike = len({sample.shape for sample in samples}) == 1 and samples[0].ndim == 2
         sample = np.stack(samples) if alike else np.concatenate([s.ravel() for s in samples])
         problem = None if options.trust_hu else hu_problem(sample)
         if problem:
             raise ValueError(problem)
         result.masks = sum(one.mask is not None for one in fitted)
         masks = _lungs(fitted, series.kind)
+        if not options.trust_hu and _are_upside_down(fitted, masks):
+            result.notes.append(f"{series.name}: {UPSIDE_DOWN}")
+            fitted = [replace(one, hu=one.hu[::-1, ::-1]) for one in fitted]
+            masks = [mask[::-1, ::-1] for mask in masks]
         rows, left_out = _choose(fitted, masks, series.kind, settings)
         result.left_out += left_out
     except (ValueError, OSError, MemoryError) as error:
@@ -235,6 +106,52 @@ def prepare_series(
         return result
     result.rows = _write(rows, fitted, masks, settings.contour_style, output, name)
     return result
+
+
+def _read_fitted(
+    series: Series, options: Options, settings: Settings, result: Prepared
+) -> list[Fitted]:
+    """All slices of a series that can be used, without a surround; the others into `result`.
+
+    The surround is that of all slices, so that they keep one scale: it is known when all are read,
+    and they are read again in the rare case that there is one.
+    """
+    fitted, surround = [], Surround()
+    for item in read_series(series, options):
+        result.found += 1
+        if isinstance(item, LeftOut):
+            result.left_out.append(item)
+        else:
+            surround.add(item.hu)
+            fitted.append(_fit(item, settings))
+    seen = surround.field()
+    if seen is None:
+        return fitted
+    rows, columns = (side.stop - side.start for side in seen.box)
+    frame = "x".join(map(str, surround.first.shape))
+    result.notes.append(
+        f"{series.name}: pictures of {frame} pixels hold a field of view of {rows}x{columns}; the "
+        f"surround, stored as {seen.value:g} HU, is cut off or made air"
+    )
+    items = read_series(series, options)
+    return [_cut_and_fit(item, seen, settings) for item in items if isinstance(item, Slice)]
+
+
+def _cut_and_fit(item: Slice, seen: Field, settings: Settings) -> Fitted:
+    """What is outside of the field of view becomes air, but does not count as HU of the scan."""
+    mask = None if item.mask is None else seen.cut(item.mask, False)
+    fitted = _fit(replace(item, hu=seen.cut(item.hu), mask=mask), settings)
+    values = seen.inside(item.hu).ravel()
+    return replace(fitted, sample=values[:: max(1, len(values) // 16384) | 1].copy())
+
+
+def _are_upside_down(fitted: list[Fitted], masks: list[np.ndarray]) -> bool:
+    """Whether the spine lies above in a series; masks that are given may be of anything."""
+    scores = []
+    for i in spine.telling(np.array([mask.mean() for mask in masks])):
+        hu = fitted[i].hu
+        scores.append(spine.uprightness(hu, masks[i] if fitted[i].mask is None else lung_mask(hu)))
+    return spine.are_upside_down([score for score in scores if score is not None])
 
 
 def _fit(item: Slice, settings: Settings) -> Fitted:

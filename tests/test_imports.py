@@ -14,7 +14,8 @@ ALL = {**PACKAGE, **STAGES, **TOOLS}
 # The wings of the house, by what they know.
 MODELS = {"layers", "vae", "unet", "controlnet", "scheduler", "samplers", "losses", "optim"}
 DATA = {
-    *("ct", "lungs", "phantom", "dicom", "volumes", "export", "series", "slices", "preparation"),
+    *("ct", "lungs", "phantom", "dicom", "volumes", "export", "series", "scans", "slices"),
+    *("preparation", "fields", "spine"),
     *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
     *("limits", "disk"),
 }
@@ -50,7 +51,10 @@ MAY_IMPORT = {
     "ct": {"dicom", "disk", "limits", "volumes"},
     "export": {"ct", "disk"},
     "series": {"ct", "dicom", "disk", "limits", "tables", "volumes"},
-    "slices": {"anatomy", "ct", "dicom", "disk", "lungs", "series", "volumes"},
+    "fields": set(),
+    "spine": set(),
+    "scans": {"anatomy", "ct", "dicom", "fields", "series", "volumes"},
+    "slices": {"anatomy", "ct", "disk", "fields", "lungs", "scans", "series", "spine"},
     "preparation": {"disk", "series", "slices", "tables", "volumes"},
     "lungs": set(),
     "phantom": {"ct", "tables"},
