@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from fibldm import ct, dicom, disk, limits, volumes
-from fibldm.tables import SPLITS, read_csv
+from fibldm.tables import (
+    OF_SLICES,
+    SPLITS,
+    Row,
+    check_files,
+    check_patients,
+    label_columns,
+    list_some,
+    read_csv,
+)
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
@@ -86,9 +96,9 @@ def find_series(
     """
     files, left_out = find_files(inputs, exclude)
     search = _Search(options, left_out)
-    for table, _ in files:
-        if table.name == "label.csv":
-            search.add_table(table, [path for path, _ in files])
+    tables = {path.parent: path for path, _ in files if path.name == "label.csv"}
+    for table in tables.values():
+        search.add_table(table)
 
     # Files by their kind; masks apart.
     kinds: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
@@ -102,6 +112,10 @@ def find_series(
                 raise ValueError("a JPEG picture, whose HU are lost")
         except ValueError as error:
             search.leave_out(path, error)
+            continue
+        owner = next((tables[folder] for folder in path.parents if folder in tables), None)
+        if kind and owner:
+            search.leave_out(path, f"not listed: in {owner}, whose folder it lies in")
             continue
         suffix = options.mask_suffix
         if kind and suffix and stem(path).endswith(suffix):
@@ -234,60 +248,42 @@ class _Search:
             raise ValueError(f"a copy: of {self.copies[content]}")
         return content
 
-    def add_table(self, table: Path, files: Sequence[Path]) -> None:
-        """The rows of a label.csv by patient; a bad one takes all files below its folder along."""
-        self.taken.add(table.resolve())
+    def add_table(self, table: Path) -> None:
+        """The rows of a label.csv by patient. Raises ValueError where it cannot be resolved."""
         try:
-            rows = read_csv(table)
+            frame, notes = label_columns(table, read_csv(table))
             rescale = self.options.rescale or ct.read_rescale(table.parent)
+            rows = _table_rows(table, frame)
         except ValueError as error:
-            self.leave_out(table, error)
-            self.taken |= {path.resolve() for path in files if path.is_relative_to(table.parent)}
-            return
-        header = [name.lower() for name in rows.columns]
-        if "image" not in header:  # as the stages take it
-            header[:2] = ["image", "contour"][: len(header)]
+            raise ValueError(
+                f"{error}\nA label.csv is taken whole or not at all: its slices would lose their "
+                "patients, splits and contours. Correct it; or rename it, if it is no table of "
+                "slices"
+            ) from error
+        unused = [
+            name for name in frame.columns if name not in ("", "image", "contour", *OF_SLICES)
+        ]
+        if unused:
+            notes.append(f"{table}: columns {unused} are not copied")
+        self.taken |= {table.resolve(), *(path.resolve() for row in rows for path in row.files)}
         groups: dict[str, list[tuple]] = defaultdict(list)
-        for line in rows.itertuples(index=False):
-            cells = dict(zip(header, line, strict=True))
+        for row in rows:
+            image, mask = row.files[0], row.files[1] if row.files[1:] else None
             try:
-                item = self.read_row(table, cells, rescale)
+                content, of_mask = self.identify(image), disk.file_hash(mask) if mask else None
             except (OSError, ValueError) as error:
-                self.leave_out(table.parent / cells.get("image", ""), error)
+                self.leave_out(image, error)
                 continue
-            groups[cells.get("patient_id") or cells["image"]].append(item)
+            self.copies[content] = image
+            source = Source(image, None, mask, rescale, *row.told)
+            groups[row.patient].append((source, content, (of_mask, rescale, row.told)))
         for patient, group in groups.items():
             sources, contents, facts = (list(part) for part in zip(*group, strict=True))
             name, fingerprint = f"{table} ({patient})", _hash(contents, facts)
             self.series.append(
-                Series("table", name, patient, str(table), sources, contents, fingerprint)
+                Series("table", name, patient, str(table), sources, contents, fingerprint, notes)
             )
-
-    def read_row(
-        self, table: Path, cells: dict[str, str], rescale: tuple[float, float] | None
-    ) -> tuple[Source, str, tuple]:
-        """A row's slice, its content, and all else that it follows from.
-
-        Raises OSError or ValueError where it can't be used.
-        """
-        path = table.parent / cells.get("image", "")
-        mask = table.parent / cells["contour"] if cells.get("contour") else None
-        named = [name for name in (cells.get("image"), cells.get("contour")) if name]
-        outside = [name for name in named if not limits.inside(name)]
-        if outside:
-            raise ValueError(f"a path out of the table's folder: {outside[0]}")
-        missing = [str(p) for p in (path, mask) if p and not p.is_file()]
-        if missing:
-            raise ValueError(f"missing, listed in {table}: {missing[0]}")
-        self.taken |= {p.resolve() for p in (path, mask) if p}
-        numbers = [_number(cells, name) for name in ("position", "pixel_spacing")]
-        split = cells.get("split", "").lower()
-        if split not in ("", *SPLITS):
-            raise ValueError(f"split {cells['split']!r}, expected one of {', '.join(SPLITS)}")
-        content, of_mask = self.identify(path), disk.file_hash(mask) if mask else None
-        self.copies[content] = path
-        told = *numbers, cells.get("label", ""), split
-        return Source(path, None, mask, rescale, *told), content, (of_mask, rescale, told)
+            notes = []
 
     def add_dicom(self, files: list[tuple[Path, Path]], workers: int) -> None:
         """DICOM files, each with its input's folder, by SeriesInstanceUID, in order."""
@@ -384,6 +380,49 @@ class _Search:
             self.series.append(
                 Series("images", name, patient, name, sources, contents, _hash(facts))
             )
+
+
+@dataclass(frozen=True)
+class _TableRow:
+    """A line of label.csv; files: image, and contour where there is one. told: as `Source` has it:
+    position, spacing, label, split.
+    """
+
+    patient: str
+    files: tuple[Path, ...]
+    told: tuple[float | None, float | None, str, str]
+
+
+def _table_rows(table: Path, frame: pd.DataFrame) -> list[_TableRow]:
+    """The rows of a table with the columns of label.csv; ValueError, with its lines, where files
+    are missing, numbers or splits are none, a patient is in two splits, or there is no row.
+    """
+    if not len(frame):
+        raise ValueError(f"{table}: 1 lines; expected a header and a line a slice")
+    problems = check_files(table, table.parent, frame, contours=False)
+    if problems:
+        raise ValueError(problems[0].message)
+    rows, bad = [], []
+    for line, *cells in frame.itertuples(name=None):
+        cell = dict(zip(frame.columns, cells, strict=True))
+        patient, split = cell["patient_id"] or cell["image"], cell["split"].lower()
+        try:
+            told = *(_number(cell, name) for name in ("position", "pixel_spacing")), cell["label"]
+            if split not in ("", *SPLITS):
+                raise ValueError(f"split {cell['split']!r}, expected one of {', '.join(SPLITS)}")
+        except ValueError as error:
+            bad.append(f"line {line}: {error}")
+            continue
+        names = [cell[name] for name in ("image", "contour") if cell[name]]
+        rows.append(_TableRow(patient, tuple(table.parent / n for n in names), (*told, split)))
+    if bad:
+        raise ValueError(
+            f"{table}: {len(bad)} lines with what is no number or split:{list_some(bad)}"
+        )
+    torn = check_patients(table, [Row("", "", row.patient, "", row.told[-1]) for row in rows])
+    if torn:
+        raise ValueError(torn[0].message)
+    return rows
 
 
 def _number(cells: dict[str, str], name: str) -> float | None:

@@ -15,6 +15,7 @@ from fibldm import limits
 from fibldm.disk import replace_text
 
 SPLITS = ("train", "val", "test")
+OF_SLICES = ("patient_id", "label", "split", "position", "pixel_spacing")  # no files
 SHOWN = 20  # of a list of bad rows in an error
 SHOWN_OF_LINE = 200  # characters
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -291,7 +292,13 @@ def parse_table(
     frame, problems = read_cells(csv_file)
     if not len(frame):
         raise ValueError(f"{csv_file}: 1 lines; expected a header and a line a slice")
+    names = list(frame.columns)
     frame, notes = label_columns(csv_file, frame)
+    if frame["contour"].eq("").all():
+        raise ValueError(
+            f"{csv_file}: no contours in {len(names)} column(s) {names}; expected at least two, "
+            "image and contour"
+        )
     patients = frame["patient_id"].where(frame["patient_id"] != "", frame["image"])
     given = frame["split"].str.lower()
     drawn = {patient: split.of(patient) for patient in patients[given == ""].unique()}
@@ -302,42 +309,54 @@ def parse_table(
     if unknown:
         message = f"{csv_file}: split {unknown[0]!r}; expected one of {', '.join(SPLITS)}"
         problems.append(TableProblem("unknown split", unknown, message))
-    problems += [*check_files(csv_file, root, rows), *check_split(csv_file, rows)]
+    problems += check_files(csv_file, root, frame)
+    problems += check_split(csv_file, rows)
     return rows, notes, problems
 
 
 def label_columns(csv_file: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """A table with the columns of label.csv, by name in any case or the first two; and notes.
+    """A table with the columns of label.csv, by name in any case; and notes.
 
-    Columns that it lacks are empty.
+    Without the name image the first column is it; without contour the one that follows image,
+    unless that has another meaning. Columns that it lacks are empty.
     """
     notes, names = [], list(frame.columns)
-    if len(names) < 2:
-        raise ValueError(
-            f"{csv_file}: 1 column ({names[0]!r}); expected at least two, image and contour"
-        )
     columns = [name.lower() for name in names]
     require_one_of_each(csv_file, columns)
-    if not {"image", "contour"} <= set(columns):
-        rest = ["" if name in ("image", "contour") else name for name in columns[2:]]
-        columns = ["image", "contour", *rest]
-        notes.append(f"{csv_file}: columns {names[:2]} are taken as image and contour")
+    if "image" not in columns:
+        columns[columns[0] == "contour"] = "image"
+    second = columns.index("image") + 1
+    if "contour" not in columns and columns[second:] and columns[second] not in OF_SLICES:
+        columns[second] = "contour"
     frame = frame.set_axis(columns, axis=1)
+    taken = [name for name, column in zip(names, columns, strict=True) if name.lower() != column]
+    if taken:
+        of = " and ".join(c for n, c in zip(names, columns, strict=True) if n.lower() != c)
+        notes.append(f"{csv_file}: columns {taken} are taken as {of}")
     if "patient_id" not in columns:
         notes.append(
             f"WARNING: {csv_file} has no patient_id column: each row counts as its own patient. If "
             "a patient has several slices, some land in training and some in validation, and "
             "held-out numbers will look better than they are."
         )
-    lacking = {"patient_id", "label", "split"} - set(columns)
+    lacking = {"contour", "patient_id", "label", "split"} - set(columns)
     return frame.assign(**dict.fromkeys(lacking, "")), notes
 
 
-def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProblem]:
-    """Paths that leave the folder, and files that are not there."""
-    names = [name for row in rows for name in (row.image, row.contour)]
-    outside = [repr(name) for name in names if not limits.inside(name)]
-    missing = missing_files(root, [name for name in names if limits.inside(name)])
+def check_files(
+    csv_file: Path, root: Path, frame: pd.DataFrame, contours: bool = True
+) -> list[TableProblem]:
+    """Paths that leave the folder, and files that are not there.
+
+    frame: with the columns of label.csv; its index is the lines of the file. contours: whether all
+    rows need one.
+    """
+    rows = frame[["image", "contour"]].itertuples(name=None)
+    named = [(n, path) for n, *two in rows for path in (two if contours or two[1] else two[:1])]
+    outside = [f"line {line}: {name!r}" for line, name in named if not limits.inside(name)]
+    named = [(line, name) for line, name in named if limits.inside(name)]
+    missing = set(missing_files(root, [name for _, name in named]))
+    lines = [f"line {line}: {name}" for line, name in named if name in missing]
     problems = []
     if outside:
         message = (
@@ -345,12 +364,13 @@ def check_files(csv_file: Path, root: Path, rows: list[Row]) -> list[TableProble
             f"to it without ..:" + list_some(outside)
         )
         problems.append(TableProblem("paths that leave the folder", outside, message))
-    if missing:
+    if lines:
+        hint = "; write / between folders, not \\" * any("\\" in name for name in missing)
         message = (
-            f"{csv_file}: {len(missing)} files are missing below {root} (paths in the table are "
-            f"relative to that folder):" + list_some(missing)
+            f"{csv_file}: {len(lines)} files are missing below {root} (paths in the table are "
+            f"relative to that folder{hint}):" + list_some(lines)
         )
-        problems.append(TableProblem("missing files", missing, message))
+        problems.append(TableProblem("missing files", lines, message))
     return problems
 
 
@@ -373,21 +393,10 @@ def missing_files(root: Path, names: Sequence[str]) -> list[str]:
     return missing
 
 
-def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
+def check_split(csv_file: Path, rows: Sequence[Row]) -> list[TableProblem]:
     """Patients that are in two splits, and a split that training needs and that is empty."""
-    parts: dict[str, str] = {}
-    torn: dict[str, str] = {}
-    for row in rows:
-        if parts.setdefault(row.patient_id, row.split) != row.split:
-            torn.setdefault(row.patient_id, row.split)
-    problems = []
-    if torn:
-        patient, second = next(iter(torn.items()))
-        message = (
-            f"{csv_file}: patient {patient} is in {parts[patient]} and in {second}; a patient's "
-            "slices belong to one split"
-        )
-        problems.append(TableProblem("patient in two splits", list(torn), message))
+    parts = {row.patient_id: row.split for row in rows}
+    problems = check_patients(csv_file, rows)
     count = Counter(parts.values())
     for part, remedy in ("train", "lower"), ("val", "raise"):
         if not count[part]:
@@ -398,3 +407,20 @@ def check_split(csv_file: Path, rows: list[Row]) -> list[TableProblem]:
             )
             problems.append(TableProblem("empty split", [part], message))
     return problems
+
+
+def check_patients(csv_file: Path, rows: Sequence[Row]) -> list[TableProblem]:
+    """Patients that are in two splits."""
+    parts: dict[str, str] = {}
+    torn: dict[str, str] = {}
+    for row in rows:
+        if parts.setdefault(row.patient_id, row.split) != row.split:
+            torn.setdefault(row.patient_id, row.split)
+    if not torn:
+        return []
+    patient, second = next(iter(torn.items()))
+    message = (
+        f"{csv_file}: patient {patient} is in {parts[patient] or 'no split'} and in "
+        f"{second or 'no split'}; a patient's slices belong to one split"
+    )
+    return [TableProblem("patient in two splits", list(torn), message)]

@@ -16,7 +16,8 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from scans import SIZE, ct_dataset, ct_datasets, lungs, nifti, scan, write_dicom
 from test_prepare_data import prepare, rows_of, volume_of
 
-from fibldm import disk, slices
+from fibldm import ct, disk, slices
+from fibldm.tables import Split, read_table
 
 BAD = {"PatientID": "bad", "SeriesInstanceUID": "1.9"}
 
@@ -240,12 +241,6 @@ def mask_that_is_a_picture(folder):
     np.save(folder / "scan_mask.npy", (scan(1)[2] + 1024).astype(np.uint16))
 
 
-def missing_in_a_table(folder):
-    png_16_bit_without_scale(folder)
-    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
-    (folder / "label.csv").write_text("image,patient_id\nscan.png,a\nlost.png,b\n")
-
-
 def frames_that_are_not_there(folder):
     bad_series(folder, setting(NumberOfFrames=300000), one=0)
 
@@ -259,27 +254,6 @@ def not_finite_dicom(folder):
         dataset.BitsAllocated, dataset.RescaleIntercept = 32, 0
 
     bad_series(folder, spoil, one=2)
-
-
-def table_in_another_encoding(folder):
-    png_16_bit_without_scale(folder)
-    (folder / "label.csv").write_bytes("image,patient_id\nscan.png,M\xfcller\n".encode("latin-1"))
-
-
-def table_with_a_short_line(folder):
-    png_16_bit_without_scale(folder)
-    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
-    (folder / "label.csv").write_text("patient_id,image\na,scan.png\nb\n")
-
-
-def table_with_a_long_name(folder):
-    table_with_a_short_line(folder)
-    (folder / "label.csv").write_text("patient_id,image\na,scan.png\nc," + "x" * 300 + "\n")
-
-
-def table_with_a_split_of_its_own(folder):
-    table_with_a_short_line(folder)
-    (folder / "label.csv").write_text("image,split\nscan.png,Erika Muster\n")
 
 
 def png_16_bit_colour(folder):
@@ -357,14 +331,9 @@ CASES = [
     (mask_that_is_a_picture, "a picture rather than a contour", "scan.npy", 0),
     (frames_that_are_not_there, "NumberOfFrames 300000, but 0", "IM000", 4),
     (not_finite_dicom, "values are not finite", "IM003", 4),
-    (table_in_another_encoding, "not a CSV text file in UTF-8", "label.csv", 0),
-    (table_with_a_short_line, "1 lines have fewer cells than the header", "label.csv", 0),
-    (table_with_a_long_name, "File name too long", "xxx", 1),
-    (table_with_a_split_of_its_own, "expected one of train, val, test", "scan.png", 0),
     (png_16_bit_colour, "16 bits in several channels", "scan.png", 0),
     (archive, "of a kind that is not read", "scan.nrrd", 0),
     (latin_1_name, "a broken affine", "ller.nii", 0),
-    (missing_in_a_table, "missing, listed in", "lost.png", 1),
 ]
 
 
@@ -391,6 +360,114 @@ def test_bad_input_is_named_and_the_rest_is_prepared(tmp_path, capsys, spoil, re
         report = list(csv.DictReader(file))
     if used < 5 and "gap" not in reason:
         assert any(name in row["what"] + row["reason"] for row in report)
+
+
+# A label.csv owns its folder.
+
+
+def listed(folder: Path, table: str | bytes) -> None:
+    """Ten slices of two patients and contours of half of their lungs, and a label.csv."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for patient in (0, 1):
+        for i, (hu, mask) in enumerate(zip(scan(patient), lungs(patient), strict=True)):
+            stored = Image.fromarray((hu + 1024).astype(np.uint16))
+            stored.save(folder / "images" / f"p{patient}_{i}.png")
+            half = np.where(np.arange(SIZE) < SIZE // 2, mask, False)
+            Image.fromarray(half * np.uint8(255)).save(folder / "masks" / f"p{patient}_{i}.png")
+    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
+    content = table if isinstance(table, bytes) else table.encode()
+    (folder / "label.csv").write_bytes(content)
+
+
+def listing(header: str = "image,contour,patient_id,split", line: str = "{i},{m},p{p},{s}") -> str:
+    """A table of all slices: of p0 in train, of p1 in val."""
+    lines = [header]
+    for p in (0, 1):
+        for k in range(5):
+            i, m, s = f"images/p{p}_{k}.png", f"masks/p{p}_{k}.png", ("train", "val")[p]
+            lines.append(line.format(i=i, m=m, p=p, s=s, k=k))
+    return "\n".join(lines) + "\n"
+
+
+def test_rows_that_are_deleted_do_not_come_back(tmp_path, capsys):
+    lines = listing().splitlines()
+    listed(tmp_path / "in" / "a", "\n".join([lines[0], *lines[2:8]]))
+    (tmp_path / "in" / "a" / "more").mkdir()
+    nibabel.save(nifti(scan(2)), tmp_path / "in" / "a" / "more" / "scan.nii")
+    data = prepare(tmp_path / "in", "--min_lung_area", 0.01)
+    rows = rows_of(data)
+    assert sorted(row["split"] for row in rows) == ["train"] * 4 + ["val"] * 2
+    assert len({row["patient_id"] for row in rows}) == 2
+    printed = capsys.readouterr().out
+    assert "9  not listed" in printed and "a/images/p0_0.png: in " in printed
+    assert "more/scan.nii" in (tmp_path / "data.left_out.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("image,contour,patient_id", "{i},{m},p{p}"),
+        ("image,mask,patient_id", "{i},{m},p{p}"),
+        ("slice_path,lung_path,patient_id", "{i},{m},p{p}"),
+        ("patient_id,image,mask", "p{p},{i},{m}"),
+        ("patient_id,Contour,note,IMAGE", "p{p},{m},x,{i}"),
+        ("contour,slice,patient_id", "{m},{i},p{p}"),
+    ],
+)
+def test_contours_are_those_that_training_takes(tmp_path, capsys, header, line):
+    listed(tmp_path / "in", listing(header, line))
+    rows, _ = read_table(tmp_path / "in" / "label.csv", tmp_path / "in", Split(2, 0.5, 0))
+    assert {row.contour for row in rows} == {
+        f"masks/p{p}_{k}.png" for p in (0, 1) for k in range(5)
+    }
+    data = prepare(tmp_path / "in", "--min_lung_area", 0)
+    for row in rows_of(data):
+        assert not ct.read_contour(data / row["contour"])[0, :, SIZE // 2 :].any()
+    assert "are not copied" in capsys.readouterr().out or "note" not in header
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [("image,patient_id", "{i},p{p}"), ("patient_id,image", "p{p},{i}"), ("image", "{i}")],
+)
+def test_a_table_without_contours_has_them_found(tmp_path, header, line):
+    listed(tmp_path / "in", listing(header, line))
+    data = prepare(tmp_path / "in", "--min_lung_area", 0)
+    assert all(ct.read_contour(data / row["contour"])[0, :, 32:].any() for row in rows_of(data))
+    with pytest.raises(ValueError, match="no contours in"):
+        read_table(tmp_path / "in" / "label.csv", tmp_path / "in", Split())
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (listing().replace(",", ";"), "separated by semicolons"),
+        (listing().replace(",", "\t"), "separated by tabs"),
+        (listing().replace("/", "\\"), r"20 files are missing.*write / between"),
+        (listing().replace("images/p0_4.png", ""), "1 files are missing"),
+        (listing().replace("masks/p1_2", "mask/p1_2"), r"line 9: mask/p1_2\.png"),
+        (listing().replace("images/p0_4", "images/" + "x" * 300), "line 6: images/xxx"),
+        (listing().replace("images/p0_4", "../p0_4"), r"line 6: '\.\./p0_4\.png'"),
+        (listing().replace("p0_1.png,p0", 'p0_1.png,"p0'), "unbalanced quotes"),
+        (listing().replace("p1,val", "p1,Erika"), "line 7: split 'Erika', expected one of train"),
+        (listing().replace("p1_4.png,p1,val", "p1_4.png,p1,train"), "p1 is in val and in train"),
+        (listing().replace("p1_4.png,p1,val", "p1_4.png,p1,"), "p1 is in val and in no split"),
+        (listing().replace("p1_4.png,p1,val", "p1_4.png,p1"), "1 lines have fewer cells"),
+        (listing("image,position", "{i},{k}mm"), "line 2: position '0mm', expected a number"),
+        (listing("image,pixel_spacing", "{i},-{k}"), "line 2: pixel_spacing '-0', expected"),
+        (listing().replace("p1,", "M\xfcller,").encode("latin-1"), "not a CSV text file in UTF-8"),
+        ("image,contour\n", "expected a header and a line a slice"),
+        ("patient,label\nP1,fibrosis\n", "1 files are missing.*rename it, if it is no table"),
+    ],
+)
+def test_a_table_that_cannot_be_resolved_stops_all(tmp_path, table, said):
+    """Its slices would come back as another patient's, without split, with other contours."""
+    write_dicom(tmp_path / "in" / "good", ct_datasets(0))
+    listed(tmp_path / "in" / "bad", table)
+    with pytest.raises(ValueError, match=f"(?s)bad/label.csv.*{said}"):
+        prepare(tmp_path / "in")
+    assert not (tmp_path / "data").exists()
 
 
 def test_values_that_do_not_look_like_ct_can_be_trusted(tmp_path):

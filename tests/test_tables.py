@@ -272,5 +272,5 @@ def test_missing_files_are_listed_20_at_most_and_counted(tmp_path, count):
         table(tmp_path, text, files=False)
     message = str(error.value)
     assert message.count(".png") == min(count, 20)
-    assert "\n  0.png" in message
+    assert "\n  line 2: 0.png" in message
     assert (f"and {count - 20} more" in message) == (count > 20)
