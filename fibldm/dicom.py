@@ -118,14 +118,17 @@ class Header:
 
     `orientation` holds the direction cosines of a row and of a column, `corner` the first pixel's
     position in mm (x to the patient's left, y to the back, z to the head); `spacing` is mm between
-    rows and between columns. `problem` says why it can't be used, where it can't.
+    rows and between columns. `patient` is "" without a PatientID and a name, `person` birth date
+    and sex, each "" where unknown. `problem` says why it can't be used, where it can't.
     """
 
     path: Path
     frame: int
     frames: int
     series: str
+    study: str
     patient: str
+    person: tuple[str, str]
     uid: str
     number: tuple[int, int]
     orientation: tuple[float, ...]
@@ -162,7 +165,7 @@ _HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality"),
     *("PatientID", "PatientName", "ImageType", "AcquisitionNumber", "InstanceNumber", "Rows"),
     *("Columns", "NumberOfFrames", "PhotometricInterpretation", "DirectoryRecordSequence"),
-    *("Manufacturer", "SeriesDescription"),
+    *("Manufacturer", "SeriesDescription", "PatientBirthDate", "PatientSex"),
     *_PLACE,
     *_SEQUENCES,
 )
@@ -243,7 +246,9 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         frame,
         frames,
         str(dataset.get("SeriesInstanceUID") or f"without UID in {path.parent}"),
-        patient or f"study {dataset.get('StudyInstanceUID') or path.parent}",
+        str(dataset.get("StudyInstanceUID") or f"without UID in {path.parent}"),
+        patient,
+        tuple(str(dataset.get(key) or "") for key in ("PatientBirthDate", "PatientSex")),
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
         tuple(int(dataset.get(key) or 0) for key in ("AcquisitionNumber", "InstanceNumber")),
         orientation,
@@ -261,9 +266,10 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
     Slices that differ from most others in orientation, matrix or pixel spacing are left out, and
     so are copies and slices at the same position. Raises ValueError for two patients in a series.
     """
-    patients = {header.patient: header for header in headers}
+    named = [header for header in headers if header.patient]
+    patients = {" ".join(h.patient.split()).casefold(): h for h in named}
     if len(patients) > 1:
-        found = ", ".join(f"{name} ({header.path})" for name, header in patients.items())
+        found = ", ".join(f"{header.patient} ({header.path})" for header in patients.values())
         raise ValueError(f"{len(patients)} patients in one series, expected one: {found}")
     left_out = [(header.where, header.problem) for header in headers if header.problem]
     usable = [header for header in headers if not header.problem]

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fibldm import disk, volumes
+from fibldm.patients import unify
 from fibldm.series import LeftOut, Options, Series, find_series
 from fibldm.slices import INTERCEPT, Prepared, Settings, prepare_all
 from fibldm.tables import format_csv, list_some, read_csv
@@ -76,6 +77,8 @@ def prepare(
         reasons = list_some([f"{item.where}: {item.reason}" for item in of_files])
         raise ValueError(f"{tops}: no CT found; {len(of_files)} files are left out:{reasons}")
 
+    series, aliases, of_names = unify(series, options.patient_pattern is not None)
+    labels = _named(labels, aliases)
     found = sorted({one.patient for one in series})
     if labels and not labels.keys() & set(found) and not _records(output):
         raise ValueError(
@@ -95,9 +98,21 @@ def prepare(
             prepared, rows, of_table = _keep_all(work, jobs, output, of_patients, left_out)
         _write_report(report, left_out)
     made = [note for group in prepared.values() for result in group for note in result.notes]
-    notes = of_table + made + notes + _remarks(series, labels, rows, options)
+    notes = of_table + of_names + made + notes + _remarks(series, labels, rows, options)
     unused = [item for _, item in left_out]
     return Preparation(rows, prepared, len(unchanged), unused, notes, key_file, report)
+
+
+def _named(labels: Mapping[str, str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Labels by the names that patients have here; ValueError where two names of one disagree."""
+    named: dict[str, str] = {}
+    for patient, label in labels.items():
+        name = aliases.get(patient, patient)
+        if named.setdefault(name, label) != label:
+            raise ValueError(
+                f"--labels: {patient} is {label}, but the same patient is {named[name]}"
+            )
+    return named
 
 
 def _require_apart(inputs: Sequence[Path], output: Path, key_file: Path, report: Path) -> None:

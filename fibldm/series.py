@@ -64,8 +64,10 @@ class Series:
     """Slices of one patient that belong together, from head to feet.
 
     place: where it was found, or its SeriesInstanceUID. contents: what identifies each of its files
-    whatever their names. fingerprint: all that its slices follow from. These, patient and paths
-    identify people: they stay in memory and on the user's terminal.
+    whatever their names. fingerprint: all that its slices follow from. top: the input that it lies
+    below. study: its DICOM study. nameless: whether the study stands for an absent PatientID.
+    person: birth date and sex, "" where unknown. All these identify people: they stay in memory
+    and on the user's terminal.
     """
 
     kind: str  # dicom, table, images or volume
@@ -76,6 +78,10 @@ class Series:
     contents: list[str]
     fingerprint: str
     notes: list[str] = field(default_factory=list)
+    top: str = ""
+    study: str = ""
+    nameless: bool = False
+    person: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -299,9 +305,7 @@ class _Search:
             folder = os.path.commonpath([header.path.parent for header in headers])
             try:
                 kept, out, notes = dicom.arrange(headers)
-                found = {
-                    patient_of(h.path, tops[h.path], self.options, h.patient): h.path for h in kept
-                }
+                found = {patient_of(h.path, tops[h.path], self.options, ""): h.path for h in kept}
                 if len(found) > 1:
                     names = ", ".join(f"{name} ({path})" for name, path in found.items())
                     raise ValueError(f"{len(found)} patients in one series by the pattern: {names}")
@@ -319,11 +323,25 @@ class _Search:
                 continue
             sources = [Source(h.path, h, mask) for h, mask in zip(kept, masks, strict=True)]
             # UIDs alone do not identify: some software gives the same ones to several series.
-            contents = [f"{header.patient} {header.series} {header.uid}" for header in kept]
+            of = [header.patient or f"study {header.study}" for header in kept]
+            contents = [f"{who} {h.series} {h.uid}" for who, h in zip(of, kept, strict=True)]
             fingerprint = _hash(facts)
-            patient = next(iter(found))
+            first = next((header for header in kept if header.patient), kept[0])
+            patient = next(iter(found)) or first.patient
             self.series.append(
-                Series("dicom", folder, patient, uid, sources, contents, fingerprint, notes)
+                Series(
+                    "dicom",
+                    folder,
+                    patient or f"study {first.study}",
+                    uid,
+                    sources,
+                    contents,
+                    fingerprint,
+                    notes,
+                    study=first.study,
+                    nameless=not patient,
+                    person=first.person,
+                )
             )
 
     def take_masks(self, headers: list[dicom.Header]) -> list[Path | None]:
@@ -342,7 +360,7 @@ class _Search:
 
     def add_arrays(self, files: list[tuple[Path, Path]]) -> None:
         """Volume files, each a series, and 2D files by folder and patient."""
-        flat: dict[tuple[Path, str], list[tuple]] = defaultdict(list)
+        flat: dict[tuple[Path, str, str], list[tuple]] = defaultdict(list)
         deep: list[tuple] = []
         for path, top in files:
             try:
@@ -361,25 +379,23 @@ class _Search:
             self.copies[content] = path
             item = Source(path, None, mask, rescale), content, _hash(content, of_mask, rescale)
             if is_volume:
-                deep.append((*item, patient, folder))
+                deep.append((*item, patient, folder, str(top)))
             else:
-                flat[path.parent, patient].append(item)
+                flat[path.parent, patient, str(top)].append(item)
 
         # A volume is named by its file, or by its folder where several have that name.
         names = Counter(stem(source.path) for source, *_ in deep)
-        for source, content, fingerprint, patient, folder in deep:
+        for source, content, fingerprint, patient, folder, top in deep:
             name, place = stem(source.path), str(source.path)
             patient = patient or (name if names[name] == 1 else folder)
-            self.series.append(
-                Series("volume", place, patient, place, [source], [content], fingerprint)
-            )
-        for (folder, patient), group in flat.items():
+            of = [source], [content], fingerprint
+            self.series.append(Series("volume", place, patient, place, *of, top=top))
+        for (folder, patient, top), group in flat.items():
             group.sort(key=lambda item: _natural(item[0].path.name))
             sources, contents, facts = (list(part) for part in zip(*group, strict=True))
             name = str(folder)
-            self.series.append(
-                Series("images", name, patient, name, sources, contents, _hash(facts))
-            )
+            of = sources, contents, _hash(facts)
+            self.series.append(Series("images", name, patient, name, *of, top=top))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ def ct_dataset(hu: np.ndarray, height: float = 0.0, **elements) -> pydicom.Datas
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
     dataset.PixelRepresentation = 0
     dataset.PixelData = (np.clip(hu, -1024, 3071) + 1024).astype("<u2").tobytes()
+    if "PatientID" in elements:  # no study is of two patients
+        dataset.StudyInstanceUID = generate_uid(entropy_srcs=[elements["PatientID"]])
     for name, value in elements.items():
         setattr(dataset, name, value)
     return dataset

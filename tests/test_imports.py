@@ -15,7 +15,7 @@ ALL = {**PACKAGE, **STAGES, **TOOLS}
 MODELS = {"layers", "vae", "unet", "controlnet", "scheduler", "samplers", "losses", "optim"}
 DATA = {
     *("ct", "lungs", "phantom", "dicom", "volumes", "export", "series", "scans", "slices"),
-    *("preparation", "fields", "spine"),
+    *("preparation", "patients", "fields", "spine"),
     *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
     *("limits", "disk"),
 }
@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "spine": set(),
     "scans": {"anatomy", "ct", "dicom", "fields", "series", "volumes"},
     "slices": {"anatomy", "ct", "disk", "fields", "lungs", "scans", "series", "spine"},
-    "preparation": {"disk", "series", "slices", "tables", "volumes"},
+    "patients": {"series", "tables"},
+    "preparation": {"disk", "patients", "series", "slices", "tables", "volumes"},
     "lungs": set(),
     "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},
