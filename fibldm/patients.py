@@ -1,6 +1,6 @@
 """Who is a patient: names that mean one person, and names that several people may share.
 
-In doubt series are one patient's, and it is said: a patient cannot land on both sides of the split.
+In doubt series are one patient's, so that nobody lands on both sides of the split; a note tells it.
 """
 
 from collections import defaultdict
