@@ -151,18 +151,10 @@ def scale_to_hu(
     else:
         raise ValueError(f"{path}: {array.dtype} values without a scale; {SCALE_REMEDY}")
     hu = array.astype(np.float32) * slope + intercept
-    hu[_from_border(np.isnan(hu))] = AIR  # what is outside of the field of view
+    hu[dicom.from_border(np.isnan(hu))] = AIR  # what is outside of the field of view
     if not np.isfinite(hu).all():
         raise ValueError(f"{path}: {int((~np.isfinite(hu)).sum())} values are not finite")
     return hu
-
-
-def _from_border(marked: np.ndarray) -> np.ndarray:
-    """What of the marked pixels (..., H, W) hangs together with the border of its slice, bool."""
-    if not marked.any():
-        return marked
-    slices = marked.reshape(-1, *marked.shape[-2:])
-    return np.stack([~ndimage.binary_fill_holes(~one) for one in slices]).reshape(marked.shape)
 
 
 def as_mask(array: np.ndarray) -> np.ndarray:

@@ -1,26 +1,33 @@
-"""DICOM: what a file holds, in HU, which files make a series, and decoders of compressed pixels."""
+"""DICOM: what a file holds, in HU, and which files make a series."""
 
-import struct
+import re
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pydicom
 from pydicom import uid
-from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
-from pydicom.pixels.decoders.base import DecodeRunner
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_modality_lut, pixel_array
+from scipy import ndimage
 from tqdm import tqdm
 
-from fibldm import limits
+from fibldm import decoders, limits
 
 AIR = -1000.0  # HU
 AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
 SAME_PLACE = 0.01  # mm
+NO_PLACE = "no ImagePositionPatient: its place is unknown"
+UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # orientation
+# Words of ImageType, FrameType and descriptions of what is computed of many slices, and is no HU.
+PROJECTIONS = re.compile(
+    r"\b(MIPS?|MIN ?IP|MAX ?IP|VRT|SSD|MINIMUM|MAXIMUM|SUBTRACTION|PROJECTION)\b"
+)
 OUTSIDE = -1500.0  # HU: no air is as dark, only marks of what is outside of the field of view
 
 
@@ -62,8 +69,9 @@ def group(dataset: pydicom.Dataset, name: str, frame: int) -> pydicom.Dataset:
 def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
     """HU, float32 (H, W), of one frame; what is outside of the field of view as AIR.
 
-    MONOCHROME1 says how to display, not what is stored, and changes nothing. Raises ValueError
-    where HU cannot be told: no pixel data, colour, no rescale slope and intercept, slope 0.
+    Padding above AIR is tissue, but where it hangs together with the border. MONOCHROME1 says how
+    to display, not what is stored, and changes nothing. Raises ValueError where HU cannot be told:
+    no pixel data, colour, no rescale slope and intercept, slope 0.
     """
     if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ValueError("no pixel data")
@@ -79,25 +87,55 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
     if str(scale.get("RescaleType") or "HU").upper() not in ("HU", "HOUNSFIELD", "US"):
         raise ValueError(f"RescaleType {scale.RescaleType}, expected HU")
 
-    # Values as stored; bits above BitsStored, where old files keep overlays, are cut off, also of
-    # the padding's value.
     sides = [int(dataset.get(name) or 0) for name in ("Rows", "Columns")]
     if min(sides) < 1 or sides[0] * sides[1] > limits.SLICE:
         raise ValueError(f"{sides[0]}x{sides[1]} pixels, expected at most {limits.SLICE:,}")
-    plugin = plugin_for(dataset.file_meta.get("TransferSyntaxUID"))
-    stored = pixel_array(dataset, index=frame, decoding_plugin=plugin)
-    spare = 0
-    if stored.dtype.kind in "iu":
-        spare = 8 * stored.dtype.itemsize - int(dataset.get("BitsStored", 8 * stored.itemsize))
+    plugin = decoders.plugin_for(dataset.file_meta.get("TransferSyntaxUID"))
+    try:
+        stored = pixel_array(
+            dataset, index=frame, decoding_plugin=plugin, correct_unused_bits=False
+        )
+    except RuntimeError as error:  # "Unable to decode ...: plugin: reason"
+        raise ValueError(str(error).rpartition(f"{plugin}: ")[2]) from error
+    padding = _padding(dataset, stored, 0)
+    if spare := _spare_bits(dataset, stored[~padding]):
         stored = (stored << spare) >> spare
+        padding = padding if padding.any() else _padding(dataset, stored, spare)
     if lut:
         hu = apply_modality_lut(stored, dataset).astype(np.float32)
     else:
         hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    hu[_padding(dataset, stored, spare) | (hu < OUTSIDE)] = AIR
+    hu[(padding & ((hu <= AIR) | from_border(padding))) | (hu < OUTSIDE)] = AIR
     if not np.isfinite(hu).all():
         raise ValueError(f"{int((~np.isfinite(hu)).sum())} values are not finite")
     return hu
+
+
+def _spare_bits(dataset: pydicom.Dataset, stored: np.ndarray) -> int:
+    """How many bits above BitsStored are to be cut off, of the values and of the padding's.
+
+    Old files keep overlays there, and some leave them 0 above negative values. Without an overlay
+    bits that are used are of the values, and BitsStored is too low. `stored`: without padding.
+    """
+    bits = int(dataset.get("BitsStored") or 0)
+    if stored.dtype.kind not in "iu" or not 0 < bits < 8 * stored.itemsize:
+        return 0
+    spare = 8 * stored.itemsize - bits
+    overlaid = any(
+        bits <= int(dataset[0x6000 + at, 0x0102].value or 0) < 8 * stored.itemsize
+        for at in range(0, 0x20, 2)
+        if (0x6000 + at, 0x0102) in dataset and (0x6000 + at, 0x3000) not in dataset
+    )
+    used = (stored.view(stored.dtype.str.replace("i", "u")) >> bits).any()
+    return spare if overlaid or not used else 0
+
+
+def from_border(marked: np.ndarray) -> np.ndarray:
+    """What of the marked pixels (..., H, W) hangs together with the border of its slice, bool."""
+    if not marked.any():
+        return marked
+    slices = marked.reshape(-1, *marked.shape[-2:])
+    return np.stack([~ndimage.binary_fill_holes(~one) for one in slices]).reshape(marked.shape)
 
 
 def _padding(dataset: pydicom.Dataset, stored: np.ndarray, spare: int) -> np.ndarray:
@@ -119,7 +157,8 @@ class Header:
     `orientation` holds the direction cosines of a row and of a column, `corner` the first pixel's
     position in mm (x to the patient's left, y to the back, z to the head); `spacing` is mm between
     rows and between columns. `patient` is "" without a PatientID and a name, `person` birth date
-    and sex, each "" where unknown. `problem` says why it can't be used, where it can't.
+    and sex, each "" where unknown. `warned` is what pydicom said of the file. `problem` says why it
+    can't be used, where it can't.
     """
 
     path: Path
@@ -136,6 +175,8 @@ class Header:
     spacing: tuple[float, ...] | None
     shape: tuple[int, int]
     inverted: bool
+    derived: bool
+    warned: tuple[str, ...]
     problem: str | None
 
     @property
@@ -165,7 +206,13 @@ _HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality"),
     *("PatientID", "PatientName", "ImageType", "AcquisitionNumber", "InstanceNumber", "Rows"),
     *("Columns", "NumberOfFrames", "PhotometricInterpretation", "DirectoryRecordSequence"),
-    *("Manufacturer", "SeriesDescription", "PatientBirthDate", "PatientSex"),
+    *(
+        "Manufacturer",
+        "SeriesDescription",
+        "DerivationDescription",
+        "PatientBirthDate",
+        "PatientSex",
+    ),
     *_PLACE,
     *_SEQUENCES,
 )
@@ -174,18 +221,26 @@ _HEADER_TAGS = (
 def read_headers(path: Path) -> list[Header]:
     """The slices of a DICOM file; ValueError where it is none or can't be read."""
     try:
-        dataset = read_file(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
-        if "SOPClassUID" not in dataset and "Modality" not in dataset:
-            if "DirectoryRecordSequence" in dataset:
-                raise ValueError("a DICOMDIR, the index of a folder")
-            raise ValueError("not a DICOM image, or one cut short within its header")
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [])
-        if frames != max(1, described):
-            raise ValueError(f"NumberOfFrames {frames}, but {described} frames are described")
-        return [_header(path, dataset, frame, frames) for frame in range(frames)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            headers = _headers(path)
     except Exception as error:  # pydicom raises anything on damaged files
         raise ValueError(f"{path}: {error}") from error
+    warned = tuple(str(one.message).partition(". Please see")[0] for one in caught)
+    return [replace(header, warned=warned) for header in headers] if warned else headers
+
+
+def _headers(path: Path) -> list[Header]:
+    dataset = read_file(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
+    if "SOPClassUID" not in dataset and "Modality" not in dataset:
+        if "DirectoryRecordSequence" in dataset:
+            raise ValueError("a DICOMDIR, the index of a folder")
+        raise ValueError("not a DICOM image, or one cut short within its header")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [])
+    if frames != max(1, described):
+        raise ValueError(f"NumberOfFrames {frames}, but {described} frames are described")
+    return [_header(path, dataset, frame, frames) for frame in range(frames)]
 
 
 def read_all_headers(paths: list[Path], workers: int) -> list[list[Header] | str]:
@@ -210,6 +265,26 @@ def _headers_or_problem(path: Path) -> list[Header] | str:
         return str(error)
 
 
+def _text(dataset: pydicom.Dataset, *names: str) -> list[str]:
+    """All values of elements as text; none of an element that is absent or can't be read."""
+    found = []
+    for name in names:
+        try:
+            value = dataset.get(name)
+        except (ValueError, TypeError, OverflowError):  # not what its type allows
+            value = dataset.get_item(name).value
+            value = value.decode("latin-1") if isinstance(value, bytes) else value
+        several = value if isinstance(value, (list, MultiValue)) else [value]
+        found += [str(one).strip() for one in several if one is not None]
+    return found
+
+
+def _number(dataset: pydicom.Dataset, name: str) -> int:
+    """A whole number, the first where there is more, as in 1A; 0 without one."""
+    digits = re.search(r"\d+", " ".join(_text(dataset, name)))
+    return int(digits.group()) if digits else 0
+
+
 def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> Header:
     orientation, corner, spacing = (
         tuple(float(number) for number in group(dataset, name, frame).get(attribute) or ())
@@ -220,42 +295,51 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         )
     )
     kind = group(dataset, "CTImageFrameTypeSequence", frame)
-    image_type = kind.get("FrameType") or dataset.get("ImageType") or []
-    image_type = [image_type] if isinstance(image_type, str) else image_type
-    image_type = {str(part).upper() for part in image_type}
-    patient = str(dataset.get("PatientID") or dataset.get("PatientName") or "").strip()
+    image_type = _text(kind, "FrameType") or _text(dataset, "ImageType")
+    described = _text(dataset, "SeriesDescription", "DerivationDescription")
+    image_type, described = (
+        re.sub(r"[^A-Z0-9]+", " ", " ".join(part).upper()) for part in (image_type, described)
+    )
+    projection = PROJECTIONS.search(f"{image_type} | {described}")
     problem = None
     if dataset.get("Modality") != "CT":
         problem = f"not CT: modality {dataset.get('Modality') or 'unknown'}"
     elif str(dataset.get("Manufacturer")) == "FibLDM":
         problem = f"synthetic: {dataset.get('SeriesDescription') or 'made by FibLDM'}"
-    elif image_type & {"LOCALIZER", "SCOUT"}:
+    elif {"LOCALIZER", "SCOUT"} & set(image_type.split()):
         problem = "a localizer"
+    elif projection:
+        problem = f"computed of several slices: {projection.group()}"
     elif not dataset.get("Rows") or not dataset.get("Columns"):
         problem = "no image in it"
-    elif len(orientation) != 6 or len(corner) != 3:
-        problem = "no ImageOrientationPatient or ImagePositionPatient: its place is unknown"
+    elif len(orientation) not in (0, 6) or len(corner) not in (0, 3):
+        problem = f"ImageOrientationPatient {orientation} or ImagePositionPatient {corner}: damaged"
     elif spacing and (len(spacing) != 2 or min(spacing) <= 0):
         problem = f"PixelSpacing {list(spacing)}, expected two lengths in mm"
-    elif abs(np.cross(orientation[:3], orientation[3:])[2]) < AXIAL:
+    orientation = orientation if len(orientation) == 6 else UPRIGHT
+    if problem is None and abs(np.cross(orientation[:3], orientation[3:])[2]) < AXIAL:
         problem = "not axial"
-    elif max(abs(orientation[0]), abs(orientation[1])) < AXIAL:
+    elif problem is None and max(abs(orientation[0]), abs(orientation[1])) < AXIAL:
         problem = "turned within its plane, expected rows along one of the patient's axes"
+    elif problem is None and len(corner) != 3:
+        problem = NO_PLACE
     return Header(
         path,
         frame,
         frames,
         str(dataset.get("SeriesInstanceUID") or f"without UID in {path.parent}"),
         str(dataset.get("StudyInstanceUID") or f"without UID in {path.parent}"),
-        patient,
-        tuple(str(dataset.get(key) or "") for key in ("PatientBirthDate", "PatientSex")),
+        next(filter(None, _text(dataset, "PatientID", "PatientName")), ""),
+        tuple(" ".join(_text(dataset, name)) for name in ("PatientBirthDate", "PatientSex")),
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
-        tuple(int(dataset.get(key) or 0) for key in ("AcquisitionNumber", "InstanceNumber")),
+        tuple(_number(dataset, name) for name in ("AcquisitionNumber", "InstanceNumber")),
         orientation,
         corner,
         spacing or None,
         (int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)),
         dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        "DERIVED" in image_type.split(),
+        (),
         problem,
     )
 
@@ -271,6 +355,7 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
     if len(patients) > 1:
         found = ", ".join(f"{header.patient} ({header.path})" for header in patients.values())
         raise ValueError(f"{len(patients)} patients in one series, expected one: {found}")
+    headers, notes = _placed(headers)
     left_out = [(header.where, header.problem) for header in headers if header.problem]
     usable = [header for header in headers if not header.problem]
     for what, of, tolerance in (
@@ -298,19 +383,31 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
         else:
             left_out.append((header.where, f"a duplicate: at the position of {kept[-1].where}"))
 
-    return kept, left_out, _notes(kept)
+    return kept, left_out, notes + _notes(kept)
+
+
+def _placed(headers: list[Header]) -> tuple[list[Header], list[str]]:
+    """Slices that all lack a position, one behind the other by their InstanceNumber; a note."""
+    order = {(header.number[1], header.frame) for header in headers}
+    lost = [header.problem == NO_PLACE for header in headers]
+    if not all(lost) or len(order) < len(headers) or min(n for n, _ in order) < 1:
+        return headers, []
+    placed = [
+        replace(header, corner=(0.0, 0.0, -float(header.number[1]) - header.frame), problem=None)
+        for header in headers
+    ]
+    return placed, [
+        f"{headers[0].where}: {len(headers)} slices without ImagePositionPatient are taken in the "
+        "order of InstanceNumber, from head to feet, and upright as their ImageOrientationPatient "
+        "says, where they have one; look at them"
+    ]
 
 
 def _notes(kept: list[Header]) -> list[str]:
-    """What is odd about a series in order: how it is displayed, gaps, slices close together."""
-    notes = [
-        f"{header.where}: MONOCHROME1 says how to display, not what is stored; taken as HU"
-        for header in kept
-        if header.inverted
-    ]
+    """What is odd about a series in order: gaps, slices close together."""
     steps = -np.diff([header.height for header in kept])
     usual = float(np.median(steps)) if len(steps) else 0.0
-    notes += [
+    notes = [
         f"{kept[i].where}: a gap of {steps[i]:.1f} mm to the next slice, {usual:.1f} mm is usual "
         "here: slices are missing"
         for i in np.flatnonzero(steps > 1.5 * usual)
@@ -324,71 +421,26 @@ def _notes(kept: list[Header]) -> list[str]:
     return notes
 
 
+def remarks(headers: list[Header]) -> list[str]:
+    """Notes on slices of many series: what their headers say, and what is made of it."""
+    notes = []
+    for found, what in (
+        ([h for h in headers if h.inverted], "say MONOCHROME1: how to display, not what is stored; "
+         "they are taken as HU"),
+        ([h for h in headers if h.derived], "say DERIVED: their HU may have been computed of "
+         "others; look at them"),
+        ([h for h in headers if h.warned], "have elements that DICOM does not allow"),
+    ):  # fmt: skip
+        if found:
+            first = found[0]
+            detail = f": {first.warned[0]}" if what.startswith("have") else ""
+            notes.append(f"{len(found)} DICOM slices, as {first.where}, {what}{detail}")
+    return notes
+
+
 def upright(array: np.ndarray, orientation: tuple[float, ...]) -> np.ndarray:
     """An axial slice (H, W) turned: the patient's front at the top, the right side at the left."""
     row, column = orientation[:3], orientation[3:]
     if abs(row[0]) < abs(row[1]):
         array, row, column = array.T, column, row
     return array[:: 1 if column[1] > 0 else -1, :: 1 if row[0] > 0 else -1]
-
-
-PLUGIN = "imagecodecs"
-DECODERS = {
-    uid.JPEGBaseline8Bit: imagecodecs.jpeg8_decode,
-    uid.JPEGExtended12Bit: imagecodecs.jpeg8_decode,
-    uid.JPEGLossless: imagecodecs.jpeg8_decode,
-    uid.JPEGLosslessSV1: imagecodecs.jpeg8_decode,
-    uid.JPEGLSLossless: imagecodecs.jpegls_decode,
-    uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
-    uid.JPEG2000Lossless: imagecodecs.jpeg2k_decode,
-    uid.JPEG2000: imagecodecs.jpeg2k_decode,
-}
-DECODER_DEPENDENCIES = dict.fromkeys(DECODERS, ("imagecodecs",))  # pydicom asks for it
-FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers that size follows
-
-
-def plugin_for(syntax: str) -> str:
-    """Which decoder pydicom is to take, "" where nothing is compressed."""
-    if syntax in DECODERS:
-        return PLUGIN
-    return "pydicom" if syntax == uid.RLELossless else ""
-
-
-def coded_shape(stream: bytes) -> tuple[int, ...]:
-    """Rows and columns by the header of a compressed slice, and its channels where not 1."""
-    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 42:  # JPEG 2000
-        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
-        shape, channels = (bottom - top, right - left), int.from_bytes(stream[40:42], "big")
-        return shape if channels == 1 else (*shape, channels)
-    at = 2
-    while stream[:2] == b"\xff\xd8" and stream[at : at + 1] == b"\xff" and at + 10 <= len(stream):
-        length = int.from_bytes(stream[at + 2 : at + 4], "big")
-        if stream[at + 1] in FRAMES:
-            rows, columns, channels = struct.unpack(">HHB", stream[at + 5 : at + 10])
-            return (rows, columns) if channels == 1 else (rows, columns, channels)
-        if length < 2 or 0xD0 <= stream[at + 1] <= 0xD9:
-            break
-        at += 2 + length
-    raise ValueError("compressed pixels without a header: damaged")
-
-
-def is_available(syntax: str) -> bool:
-    """What pydicom asks of a module that decodes."""
-    return syntax in DECODERS
-
-
-def decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
-    """A compressed slice -> its values as stored, for pydicom."""
-    expected = runner.rows, runner.columns
-    found = coded_shape(stream)  # before the decoder takes memory by it
-    if found == expected:
-        frame = DECODERS[runner.transfer_syntax](stream)
-        found = frame.shape
-    if found != expected:
-        raise ValueError(f"compressed pixels of shape {found}, expected {expected}")
-    runner.set_option("bits_allocated", 8 * frame.itemsize)
-    return frame.tobytes()
-
-
-for syntax in DECODERS:
-    get_decoder(syntax).add_plugin(PLUGIN, (__name__, "decode_frame"))

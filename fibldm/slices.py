@@ -1,6 +1,7 @@
 """The slices of a series: corrected, fitted into squares, written with their lungs."""
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -83,7 +84,13 @@ def prepare_series(
     """
     result = Prepared()
     try:
-        fitted = _read_fitted(series, options, settings, result)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fitted = _read_fitted(series, options, settings, result)
+        if caught:
+            first = str(caught[0].message).split("\n")[0]
+            what = f"{len(caught)} warnings while its files were read, as: {first}"
+            result.notes.append(f"{series.name}: {what}")
         if not fitted:
             result.error = "" if result.left_out else "no slices in it"
             return result

@@ -24,7 +24,10 @@ MAGIC = {  # how files of a kind begin
     **{"png": b"\x89PNG", "jpeg": b"\xff\xd8", "tiff": (b"II*\0", b"MM\0*", b"II+\0")},
     **{"npy": b"\x93NUMPY", "mat": b"MATLAB"},
 }
-SUFFIXES = {"png": ".png", "tiff": (".tif", ".tiff"), "npy": ".npy", "npz": ".npz", "mat": ".mat"}
+SUFFIXES = {
+    **{"dicom": (".dcm", ".dicom", ".ima"), "nifti": (".nii", ".nii.gz"), "png": ".png"},
+    **{"tiff": (".tif", ".tiff"), "npy": ".npy", "npz": ".npz", "mat": ".mat"},
+}
 MAT_NUMBERS = (  # MATLAB's classes
     *("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
     "logical",
@@ -69,18 +72,13 @@ def kind_of(path: Path) -> str | None:
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
     name = path.name.lower()
-    if start[128:132] == b"DICM" or name.endswith((".dcm", ".dicom", ".ima")):
+    # A DICOM file may lack its preamble: then it starts with an element of group 2 or 8.
+    if start[128:132] == b"DICM" or (start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"):
         return "dicom"
-    if name.endswith((".nii", ".nii.gz")):
-        return "nifti"
     for kind, magic in MAGIC.items():
         if start.startswith(magic):
             return kind
-    for kind, suffix in SUFFIXES.items():
-        if name.endswith(suffix):
-            return kind
-    # A DICOM file may lack its preamble: then it starts with an element of group 2 or 8.
-    return "dicom" if start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0" else None
+    return next((kind for kind, suffix in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
 def read_volume(path: Path, variable: str | None = None, axes: str | None = None) -> Volume:

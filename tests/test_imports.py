@@ -14,7 +14,18 @@ ALL = {**PACKAGE, **STAGES, **TOOLS}
 # The wings of the house, by what they know.
 MODELS = {"layers", "vae", "unet", "controlnet", "scheduler", "samplers", "losses", "optim"}
 DATA = {
-    *("ct", "lungs", "phantom", "dicom", "volumes", "export", "series", "scans", "slices"),
+    *(
+        "ct",
+        "lungs",
+        "phantom",
+        "decoders",
+        "dicom",
+        "volumes",
+        "export",
+        "series",
+        "scans",
+        "slices",
+    ),
     *("preparation", "patients", "fields", "spine"),
     *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
     *("limits", "disk"),
@@ -46,7 +57,8 @@ MAY_IMPORT = {
     "tracking": {"disk"},
     "journal": {"batches", "checkpoint", "config", "disk", "distributed", "tracking"},
     "limits": set(),
-    "dicom": {"limits"},
+    "decoders": set(),
+    "dicom": {"decoders", "limits"},
     "volumes": {"dicom", "limits"},
     "ct": {"dicom", "disk", "limits", "volumes"},
     "export": {"ct", "disk"},
@@ -56,7 +68,7 @@ MAY_IMPORT = {
     "scans": {"anatomy", "ct", "dicom", "fields", "series", "volumes"},
     "slices": {"anatomy", "ct", "disk", "fields", "lungs", "scans", "series", "spine"},
     "patients": {"series", "tables"},
-    "preparation": {"disk", "patients", "series", "slices", "tables", "volumes"},
+    "preparation": {"dicom", "disk", "patients", "series", "slices", "tables", "volumes"},
     "lungs": set(),
     "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},

@@ -195,6 +195,8 @@ def overlay_bits(dataset):
     stored = np.frombuffer(dataset.PixelData, "<u2").copy()
     stored[::3] |= 0x8000
     dataset.PixelData = stored.tobytes()
+    dataset.add_new(0x60000100, "US", 16)
+    dataset.add_new(0x60000102, "US", 15)
 
 
 def monochrome1(dataset):
