@@ -22,8 +22,8 @@ SCALE_REMEDY = (
 )
 STYLES = ("filled", "outline")  # of contours
 PNG_LEVELS = 65535  # of the PNG files that are written, above 0
-LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
 PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
+FLAT = 0.5  # of neighbours that are marked: so many at least are alike in a label map
 
 
 def hu_to_unit(hu: np.ndarray, window: Window = DEFAULT_WINDOW) -> np.ndarray:
@@ -99,14 +99,14 @@ def write_dataset_info(folder: Path, info: DatasetInfo) -> None:
     disk.replace_text(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 
-def decode(path: str | Path) -> tuple[np.ndarray, bool]:
+def decode(path: str | Path, marks: bool = False) -> tuple[np.ndarray, bool]:
     """Stored values (H, W) or (H, W, channels) of a file that label.csv names, and whether they
-    already are HU (DICOM, NIfTI).
+    already are HU (DICOM, NIfTI). marks: whether it is a contour.
 
     DICOM, and NIfTI without orientation, are as stored; a NIfTI slice with one is turned upright.
     Raises ValueError naming the file where it is missing or can't be decoded.
     """
-    volume = volumes.decode(Path(path), most=limits.SLICE)
+    volume = volumes.decode(Path(path), most=limits.SLICE, marks=marks)
     values = volume.values
     if volume.kind != "nifti":
         return values, volume.is_hu
@@ -158,10 +158,11 @@ def scale_to_hu(
 
 
 def as_mask(array: np.ndarray) -> np.ndarray:
-    """What a mask, outline or label map marks, bool of the same shape.
+    """What a mask, outline or label map marks, bool of the same shape, of a slice or a volume.
 
-    Whole numbers with few distinct values (0 and 1, 0 and 255, labels): all that is not 0. Other
-    values (an anti-aliased mask, a probability): what exceeds half of the maximum. Raises
+    Whole numbers that are few (0 and 1, 0 and 255, labels), or alike side by side (more labels):
+    all that is not 0. Probabilities, up to 1: what exceeds 0.5. Others (an anti-aliased mask): what
+    exceeds half of 255, of 65535 above it, or of the maximum where they are no whole numbers.
     ValueError for negative values, values not finite, and pictures, such as a CT slice.
     """
     if array.dtype == bool:
@@ -170,16 +171,26 @@ def as_mask(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{int((~np.isfinite(array)).sum())} values are not finite")
     if array.size and array.min() < 0:
         raise ValueError(f"values from {array.min()}, expected a contour: 0 outside, more inside")
-    if (array == np.round(array)).all() and len(np.unique(array)) <= LABELS:
+    whole = bool((array == np.round(array)).all())
+    if whole and len(np.unique(array)) <= volumes.LABELS:
         return array > 0
     high = array.max()
-    between = ((array > 0.1 * high) & (array < 0.9 * high)).mean()
-    if between > PICTURE:
+    between = (array > 0.1 * high) & (array < 0.9 * high)
+    if whole and between.sum() > (array >= 0.9 * high).sum() and _is_flat(array):
+        return array > 0
+    if between.mean() > PICTURE:
         raise ValueError(
-            f"a picture rather than a contour: {between:.0%} of its values lie between 10% and "
-            f"90% of its maximum {high:g}; expected a mask, an outline or a label map"
+            f"a picture rather than a contour: {between.mean():.0%} of its values lie between 10% "
+            f"and 90% of its maximum {high:g}; expected a mask, an outline or a label map"
         )
-    return array > high / 2
+    scales = (255, 65535, high) if whole else (1, high)
+    return array > next(scale for scale in scales if scale >= high) / 2
+
+
+def _is_flat(array: np.ndarray) -> bool:
+    """Whether most marked neighbours in a row are alike, as labels are, and greys are not."""
+    left, right = array[..., :-1], array[..., 1:]
+    return bool((left == right)[(left > 0) & (right > 0)].mean() >= FLAT)
 
 
 def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
@@ -188,9 +199,9 @@ def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
     With one channel: what the file marks, by `as_mask`. With K channels the file is a label map
     (0 outside, label k in channel k - 1) or an image of K channels, each taken by `as_mask`.
     """
-    array, _ = decode(path)
-    if array.ndim == 3 and array.shape[2] in (3, 4) and channels != array.shape[2]:
-        array = array[..., :3].max(axis=2)
+    array, _ = decode(path, marks=True)
+    if array.ndim == 3 and array.shape[2] in (2, 3, 4) and channels != array.shape[2]:
+        array = volumes.mark_levels(array, Path(path))
     try:
         return as_contour(np.moveaxis(array, 2, 0) if array.ndim == 3 else array, channels)
     except ValueError as error:

@@ -57,7 +57,9 @@ def _read_dicom(source: Source, opened: dict) -> Slice:
     hu, mask = dicom.upright(hu, header.orientation), None
     if source.mask is not None and volumes.kind_of(source.mask) == "nifti":
         if opened.get("mask") != source.mask:
-            opened |= {"mask": source.mask, "volume": volumes.decode(source.mask)}
+            volume = volumes.decode(source.mask)
+            volume = replace(volume, values=ct.as_mask(volume.values))
+            opened |= {"mask": source.mask, "volume": volume}
         mask = _at_slice(source.mask, opened["volume"], header)
     elif source.mask is not None and header.frames > 1:
         raise ValueError(f"{source.mask}: one slice, expected a NIfTI volume for several frames")
@@ -76,7 +78,7 @@ def _at_slice(path: Path, mask: volumes.Volume, header: dicom.Header) -> np.ndar
     nearest = int(np.abs(mask.heights - header.height).argmin())
     shift = *(mask.corner - header.corner_upright), mask.heights[nearest] - header.height
     _require_near(path, shift, header.where)
-    return ct.as_mask(mask.values[nearest])
+    return mask.values[nearest]
 
 
 def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
@@ -127,7 +129,7 @@ def _read_volume(source: Source, options: Options) -> Iterator[Slice]:
 
 def _read_mask(path: Path, options: Options) -> volumes.Volume:
     """A mask's values as stored, upright; in an NPZ or MAT file the only array."""
-    return volumes.read_volume(path, axes=options.array_axes)
+    return volumes.read_volume(path, axes=options.array_axes, marks=True)
 
 
 def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) -> volumes.Volume:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
+import imagecodecs
 import nibabel
 import numpy as np
 import scipy.io
 import tifffile
 from PIL import Image
 
-from fibldm import dicom, limits
+from fibldm import decoders, dicom, limits
 
 AXIAL = 0.94  # cosine: axes may be tilted by 20 degrees
 MM = {"meter": 1000.0, "micron": 0.001}  # of a unit; others are taken as mm
@@ -33,6 +34,8 @@ MAT_NUMBERS = (  # MATLAB's classes
     "logical",
 )
 SMALLEST = 16  # pixels: shorter arrays are affines, spacings and the like
+LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
+JPEG_IN_TIFF = (6, 7, 33007, 34892)  # compressions
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # none that runs programs, as EPS
 
 
@@ -81,19 +84,23 @@ def kind_of(path: Path) -> str | None:
     return next((kind for kind, suffix in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
-def read_volume(path: Path, variable: str | None = None, axes: str | None = None) -> Volume:
+def read_volume(
+    path: Path, variable: str | None = None, axes: str | None = None, marks: bool = False
+) -> Volume:
     """A file's axial slices (D, H, W), D = 1 for one, from head to feet and upright.
 
     variable: its name in an NPZ or MAT file; None for the only 2D or 3D one. axes: of a file that
-    gives no orientation; see `_orient`. Raises ValueError naming the file where it can't be decoded
-    or holds something else.
+    gives no orientation; see `_orient`. marks: whether it is a mask. Raises ValueError naming the
+    file where it can't be decoded or holds something else.
     """
-    volume = decode(path, variable)
+    volume = decode(path, variable, marks=marks)
     if volume.heights is not None:
         return volume
     values = volume.values
     if volume.kind != "nifti":
-        values = np.squeeze(grey_levels(values, path) if volume.has_colours else values)
+        if volume.has_colours:
+            values = mark_levels(values, path) if marks else grey_levels(values, path)
+        values = np.squeeze(values)
     elif axes is None:
         raise ValueError(
             f"{path}: its header has no orientation (sform_code and qform_code are 0); give "
@@ -104,12 +111,15 @@ def read_volume(path: Path, variable: str | None = None, axes: str | None = None
     return replace(volume, values=_orient(path, values, axes), has_colours=False)
 
 
-def decode(path: Path, variable: str | None = None, most: int = limits.VOLUME) -> Volume:
+def decode(
+    path: Path, variable: str | None = None, most: int = limits.VOLUME, marks: bool = False
+) -> Volume:
     """Decode an image file, told by its content, of at most `most` values: the only decoder.
 
-    variable: see `read_volume`. What the file asks of the memory is looked at first. Raises
-    ValueError naming the file where it is missing, damaged, holds no numbers, or would be read as
-    other numbers than it holds.
+    variable: see `read_volume`. marks: of a mask, the labels that a palette shows as colours, and
+    transparency as a last channel; else a palette's colours, and no transparency of greys. What the
+    file asks of the memory is looked at first. Raises ValueError naming the file where it is
+    missing, damaged, holds no numbers, or would be read as other numbers than it holds.
     """
     kind = kind_of(path)
     if kind == "nifti":
@@ -127,9 +137,9 @@ def decode(path: Path, variable: str | None = None, most: int = limits.VOLUME) -
                 limits.require_values(path, values.shape, most)
                 volume = Volume(np.array(values), kind)
             elif kind == "tiff":
-                volume = _decode_tiff(path, most)
+                volume = _decode_tiff(path, most, marks)
             else:
-                volume = _decode_picture(path, kind)
+                volume = _decode_picture(path, kind, marks)
     if volume.values.size == 0 or volume.values.dtype.kind not in "buif":
         found = f"{volume.values.dtype} {volume.values.shape}"
         raise ValueError(f"{path}: an array of {found}, expected numbers in 2D or 3D")
@@ -153,21 +163,43 @@ def _require_one_frame(count: int) -> None:
         )
 
 
-def _decode_picture(path: Path, kind: str | None) -> Volume:
-    if kind == "png":
-        with open(path, "rb") as file:
-            start = file.read(26)
-        if start[24:25] == b"\x10" and start[25:26] != b"\0":  # Pillow reads it as if it had 8 bits
-            raise ValueError("16 bits in several channels, expected one channel of grey levels")
+def _decode_picture(path: Path, kind: str | None, marks: bool) -> Volume:
     with limits.Bounded(path) as file, Image.open(file, formats=PICTURES) as image:
-        limits.require_values(path, image.size, limits.SLICE)
+        limits.require_values(path, (*image.size, len(image.getbands())), limits.SLICE)
         _require_one_frame(getattr(image, "n_frames", 1))
-        if image.mode in ("P", "PA"):  # a palette may be of colours
-            image = image.convert("RGB")
-        elif image.mode in ("1", "LA"):
-            image = image.convert("L")
-        values = np.asarray(image)
+        if kind == "png" and _is_deep(path):  # Pillow reads it as if it had 8 bits
+            values = imagecodecs.png_decode(path.read_bytes())
+        elif image.mode in ("P", "PA"):
+            values = np.asarray(image.convert("RGB"))
+            if marks:
+                indices = np.asarray(image)
+                values = _labels(indices if indices.ndim == 2 else indices[..., 0], values)
+        else:
+            values = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if values.ndim == 3 and values.shape[2] == 2 and not marks:  # grey and transparency
+        values = values[..., 0]
     return Volume(values, kind, has_colours=values.ndim == 3)
+
+
+def _is_deep(path: Path) -> bool:
+    """Whether a PNG file has 16 bits in each of several channels."""
+    with open(path, "rb") as file:
+        start = file.read(26)
+    return start[24:25] == b"\x10" and start[25:26] != b"\0"
+
+
+def _labels(indices: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """What a mask (H, W) of a palette marks, shown in colours (H, W, 3): labels, or grey levels.
+
+    ValueError where a marked index is black or 0 is not: it is unknown which of both is meant.
+    """
+    if ((indices > 0) != colours.any(axis=2)).any():
+        raise ValueError(
+            "a palette that shows 0 as a colour, or labels as black: do indices or colours mark "
+            "the lungs? save the mask as grey levels, 0 outside"
+        )
+    is_grey = (colours == colours[..., :1]).all() and len(np.unique(indices)) > LABELS
+    return colours[..., 0] if is_grey else indices
 
 
 def _open_tiff(path: Path) -> tifffile.TiffFile:
@@ -175,22 +207,58 @@ def _open_tiff(path: Path) -> tifffile.TiffFile:
     return tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False)
 
 
-def _decode_tiff(path: Path, most: int) -> Volume:
+def _decode_tiff(path: Path, most: int, marks: bool) -> Volume:
     with _open_tiff(path) as file:
-        pages = _only_series(path, file, most)
-        values, colours = pages.asarray(), pages.axes.find("S")
-    if colours < 0:
+        parts = _pages(path, file, most)
+        for page in file.pages:
+            if page.compression in JPEG_IN_TIFF:
+                offsets = page.dataoffsets, page.databytecounts
+                for data, _ in file.filehandle.read_segments(*offsets):
+                    decoders.require_end(data or b"")
+        values = np.stack([part.asarray() for part in parts])
+        values = values if len(parts) > 1 else values[0]
+        axes = "I" * (len(parts) > 1) + parts[0].axes
+        if parts[0].keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            colours = parts[0].keyframe.colormap[:, values] >> 8
+            shown = np.moveaxis(colours, 0, -1).astype(np.uint8)
+            values = _labels(values, shown) if marks else shown
+            return Volume(values, "tiff", has_colours=not marks)
+    if "S" not in axes:
         return Volume(values, "tiff")
-    return Volume(np.moveaxis(values, colours, -1), "tiff", has_colours=True)
+    return Volume(np.moveaxis(values, axes.index("S"), -1), "tiff", has_colours=True)
 
 
-def _only_series(path: Path, file: tifffile.TiffFile, most: int) -> tifffile.TiffPageSeries:
-    """The pages of a TIFF file, which have to be of one kind."""
+def _pages(path: Path, file: tifffile.TiffFile, most: int) -> list[tifffile.TiffPageSeries]:
+    """The pictures of a TIFF file, all of one size and kind."""
     limits.require_tiff(path, file, most)
-    if len(file.series) > 1:
-        shapes = ", ".join(str(series.shape) for series in file.series)
-        raise ValueError(f"{len(file.series)} pictures of different kinds ({shapes}), expected one")
-    return file.series[0]
+    kinds = {(part.shape, part.axes, part.dtype) for part in file.series}
+    if len(kinds) > 1:
+        found = ", ".join(f"{shape} of {dtype}" for shape, _, dtype in sorted(kinds, key=str))
+        raise ValueError(f"{len(file.series)} pictures of several sizes ({found}), expected one")
+    limits.require_values(path, (len(file.series), *file.series[0].shape), most)
+    return file.series
+
+
+def mark_levels(values: np.ndarray, path: Path) -> np.ndarray:
+    """What a mask (..., 2 to 4) in colours, the last of which may be transparency, marks, as (...).
+
+    Its colours, or its opacity where it is drawn in one colour upon nothing. ValueError where both
+    mark something, but not the same.
+    """
+    has_alpha = values.shape[-1] in (2, 4)
+    colours = (values[..., :-1] if has_alpha else values).max(axis=-1)
+    if not has_alpha or (values[..., -1] == values.flat[-1]).all():
+        return colours
+    opacity = values[..., -1]
+    drawn = colours[opacity > 0]
+    if (drawn == drawn[0]).all():
+        return opacity
+    if colours[opacity == 0].any():
+        raise ValueError(
+            f"{path}: colours and transparency mark different pixels; save the mask as grey "
+            "levels, 0 outside"
+        )
+    return colours
 
 
 def grey_levels(values: np.ndarray, path: Path) -> np.ndarray:
@@ -216,9 +284,9 @@ def dimensions(path: Path, variable: str | None = None) -> int:
                 shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
             elif kind == "tiff":
                 with _open_tiff(path) as file:
-                    pages = _only_series(path, file, limits.VOLUME)
-                    of = zip(pages.shape, pages.axes, strict=True)
-                    shape = tuple(n for n, axis in of if axis != "S")
+                    parts = _pages(path, file, limits.VOLUME)
+                    of = zip(parts[0].shape, parts[0].axes, strict=True)
+                    shape = (len(parts), *(n for n, axis in of if axis != "S"))
     count = sum(n > 1 for n in shape)
     if count not in (2, 3):
         raise ValueError(f"{path}: an array of {shape}, expected numbers in 2D or 3D")

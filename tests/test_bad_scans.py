@@ -260,6 +260,7 @@ def png_16_bit_colour(folder):
     import imagecodecs
 
     pixels = np.repeat((scan(1)[2] + 1024).astype(np.uint16)[..., None], 3, axis=2)
+    pixels[..., 1] += 5
     (folder / "scan.png").write_bytes(imagecodecs.png_encode(pixels))
 
 
@@ -331,7 +332,7 @@ CASES = [
     (mask_that_is_a_picture, "a picture rather than a contour", "scan.npy", 0),
     (frames_that_are_not_there, "NumberOfFrames 300000, but 0", "IM000", 4),
     (not_finite_dicom, "values are not finite", "IM003", 4),
-    (png_16_bit_colour, "16 bits in several channels", "scan.png", 0),
+    (png_16_bit_colour, "a colour image, expected grey levels", "scan.png", 0),
     (archive, "of a kind that is not read", "scan.nrrd", 0),
     (latin_1_name, "a broken affine", "ller.nii", 0),
 ]

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from fibldm import ct, export
+from fibldm import ct, export, volumes
 
 WINDOW = (-1000.0, 400.0)
 RESCALE = (1.0, -1024.0)
@@ -255,8 +255,38 @@ def test_the_soft_edge_of_a_mask_is_cut_at_half(scale):
     distance = np.hypot(x - 64, y - 64)
     soft = np.clip(40.8 - distance, 0, 1) * scale  # a disc of radius 40.3
     values = np.round(soft).astype(np.uint8) if scale > 1 else soft
-    assert len(np.unique(values)) > ct.LABELS
+    assert len(np.unique(values)) > volumes.LABELS
     np.testing.assert_array_equal(ct.as_mask(values), distance < 40.3)
+
+
+@pytest.mark.parametrize("count", [17, 18, 40, 117])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_label_maps_of_many_labels_are_all_that_is_not_0(count, dtype):
+    y, x = np.mgrid[:256, :256]
+    regions = 1 + ((y // 12) * 22 + x // 12) % count
+    lungs = np.hypot((x - 128) / 90, (y - 128) / 70) < 1
+    labels = np.where(lungs, regions, 0).astype(dtype)
+    assert len(np.unique(labels)) > volumes.LABELS
+    np.testing.assert_array_equal(ct.as_mask(labels), lungs)
+    np.testing.assert_array_equal(ct.as_mask(np.stack([labels, labels[::-1]]))[0], lungs)
+
+
+def test_probabilities_are_cut_at_a_half_whatever_their_maximum():
+    y, x = np.mgrid[:64, :64]
+    likely = np.clip(5.3 - np.hypot(x - 32, y - 32) / 4, 0, 1)
+    for weight in (1, 0.9, 0.4):
+        np.testing.assert_array_equal(ct.as_mask(likely * weight), likely * weight > 0.5)
+        stored = np.round(likely * weight * 255).astype(np.uint8)
+        np.testing.assert_array_equal(ct.as_mask(stored), stored > 127.5)
+    volume = np.stack([likely * 100, likely * 30])  # per cent: by the volume
+    np.testing.assert_array_equal(ct.as_mask(volume), volume > 50)
+
+
+def test_outlines_with_soft_edges_are_cut_at_a_half():
+    y, x = np.mgrid[:128, :128]
+    line = np.clip(1.5 - abs(np.hypot(x - 64.3, y - 63.8) - 40), 0, 1)
+    stored = np.round(line * 255).astype(np.uint8)
+    np.testing.assert_array_equal(ct.as_mask(stored), stored > 127)
 
 
 def test_a_picture_is_no_contour(tmp_path):

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "limits": set(),
     "decoders": set(),
     "dicom": {"decoders", "limits"},
-    "volumes": {"dicom", "limits"},
+    "volumes": {"decoders", "dicom", "limits"},
     "ct": {"dicom", "disk", "limits", "volumes"},
     "export": {"ct", "disk"},
     "series": {"ct", "dicom", "disk", "limits", "tables", "volumes"},

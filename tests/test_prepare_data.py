@@ -419,6 +419,24 @@ def test_one_mask_for_a_folder_of_dicom(tmp_path, capsys, shift):
         np.testing.assert_array_equal(ct.read_contour(data / row["contour"])[0], half[number])
 
 
+@pytest.mark.parametrize("form", ["dicom", "nifti"])
+def test_probabilities_are_cut_by_the_volume(tmp_path, form):
+    """A slice that is unsure has no lung, and per cent are per cent in all slices."""
+    (tmp_path / "in").mkdir()
+    if form == "dicom":
+        write_dicom(tmp_path / "in", ct_datasets())
+    else:
+        nibabel.save(nifti(scan()), tmp_path / "in" / "x.nii.gz")
+    likely = lungs().astype(np.float32) * 90.5
+    likely[1] *= 0.4
+    mask = nifti(likely)
+    mask.affine[:3, 3] = [180, 180, 300 - 4 * 40.0] if form == "dicom" else mask.affine[:3, 3]
+    mask = nibabel.Nifti1Image(mask.dataobj, mask.affine)
+    nibabel.save(mask, tmp_path / "in" / "x_seg.nii.gz")
+    data = prepare(tmp_path / "in", "--mask_suffix", "_seg", "--min_lung_area", 0.01)
+    assert [int(row["image"][-8:-4]) for row in rows_of(data)] == [0, 2, 3, 4]
+
+
 def test_a_mask_of_a_multi_frame_file(tmp_path, capsys):
     folder = tmp_path / "in"
     (path,) = write_dicom(folder, [enhanced()])

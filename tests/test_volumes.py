@@ -86,20 +86,112 @@ def test_palettes_are_colours(tmp_path):
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bits_in_several_channels_are_not_read_as_8(tmp_path, channels):
-    picture = imagecodecs.png_encode(np.stack([STORED] * channels, 2))
-    (tmp_path / "a.png").write_bytes(picture)
-    for read in ct.read_hu, ct.read_contour, volumes.read_volume:
-        with pytest.raises(ValueError, match=r"a\.png: .*16 bits in several channels"):
-            read(tmp_path / "a.png")
+    picture = np.stack([STORED] * channels, 2)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(picture))
+    np.testing.assert_array_equal(ct.read_hu(tmp_path / "a.png", (1.0, 0.0)), STORED)
+    np.testing.assert_array_equal(volumes.read_volume(tmp_path / "a.png").values, STORED[None])
+    if channels > 2:
+        picture[3, 4, 1] += 1
+        (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(picture))
+        with pytest.raises(ValueError, match=r"a\.png: a colour image, expected grey levels"):
+            ct.read_hu(tmp_path / "a.png", (1.0, 0.0))
 
 
-def test_pictures_of_different_kinds_in_one_tiff_are_refused(tmp_path):
+def test_pictures_of_several_sizes_in_one_tiff_are_refused(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(STORED)
         file.write(GREY[:7])
     for read in ct.read_hu, volumes.read_volume, volumes.dimensions:
-        with pytest.raises(ValueError, match=r"a\.tif: .*2 pictures of different kinds"):
+        with pytest.raises(ValueError, match=r"a\.tif: .*2 pictures of several sizes"):
             read(tmp_path / "a.tif")
+
+
+def test_pages_of_one_size_are_a_volume_however_they_are_packed(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for i, packed in enumerate([None, "lzw", "deflate"]):
+            file.write(STORED + i, compression=packed)
+    assert volumes.dimensions(tmp_path / "a.tif") == 3
+    values = volumes.read_volume(tmp_path / "a.tif").values
+    np.testing.assert_array_equal(values, np.stack([STORED, STORED + 1, STORED + 2]))
+
+
+def test_jpeg_that_ends_early_within_tiff_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, GREY, compression="jpeg", photometric="minisblack")
+    assert np.abs(volumes.decode(path).values.astype(int) - GREY).max() < 30
+    with tifffile.TiffFile(path) as file:
+        end = file.pages[0].dataoffsets[-1] + file.pages[0].databytecounts[-1] - 20
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(ValueError, match=r"a\.tif: .*end early"):
+        volumes.decode(path)
+
+
+def palette_file(path, indices: np.ndarray, colours: list[int]) -> None:
+    picture = Image.fromarray(indices.astype(np.uint8), "P")
+    picture.putpalette(colours)
+    if path.suffix == ".png":
+        picture.save(path)
+        return
+    table = np.zeros((3, 256), np.uint16)
+    table[:, : len(colours) // 3] = np.array(colours).reshape(-1, 3).T * 257
+    tifffile.imwrite(path, indices.astype(np.uint8), photometric="palette", colormap=table)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_palettes_indices_and_colours_are_told_apart(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    indices = np.zeros((40, 48), int)
+    indices[8:32, 8:24], indices[8:32, 30:40] = 1, 2
+    palette_file(path, indices, [0, 0, 0, 90, 0, 0, 0, 0, 255])
+    np.testing.assert_array_equal(ct.read_contour(path)[0], indices > 0)
+    read = volumes.read_volume(path, marks=True)
+    np.testing.assert_array_equal(ct.as_mask(read.values[0]), indices > 0)
+    np.testing.assert_array_equal(
+        ct.read_contour(path, channels=2), np.stack([indices == 1, indices == 2])
+    )
+    with pytest.raises(ValueError, match="a colour image, expected grey levels"):
+        ct.read_hu(path)
+    for colours in (
+        [255, 255, 255, 90, 0, 0, 0, 0, 255],  # a white background
+        [255, 255, 255, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 255],  # a label shown as the background
+    ):
+        palette_file(path, indices, colours)
+        with pytest.raises(ValueError, match="do indices or colours mark the lungs"):
+            ct.read_contour(path)
+
+
+def test_a_grey_palette_is_an_anti_aliased_mask(tmp_path):
+    ramp = np.clip(1800 - 120 * np.hypot(*np.mgrid[-20:20, -24:24]), 0, 255).astype(int)
+    palette_file(tmp_path / "a.png", ramp, list(np.repeat(np.arange(256), 3)))
+    np.testing.assert_array_equal(ct.read_contour(tmp_path / "a.png")[0], ramp > 127.5)
+
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_masks_with_transparency(tmp_path, grey):
+    mask = np.zeros((40, 48), np.uint8)
+    mask[8:32, 8:24] = 255
+    ones = np.full_like(mask, 255)
+
+    def saved(colour, opacity):
+        channels = [colour, opacity] if grey else [colour, 0 * colour, colour, opacity]
+        path = tmp_path / "a.png"
+        Image.fromarray(np.stack(channels, 2)).save(path)
+        return path
+
+    for path in (
+        saved(mask, ones),  # opaque
+        saved(0 * mask, mask),  # drawn in black upon nothing
+        saved(ones, mask),  # drawn in white upon nothing
+        saved(mask, mask),
+        saved(np.where(mask, 7, 0).astype(np.uint8), np.maximum(mask, 90)),
+    ):
+        np.testing.assert_array_equal(ct.read_contour(path)[0], mask > 0)
+        read = volumes.read_volume(path, marks=True)
+        np.testing.assert_array_equal(ct.as_mask(read.values[0]), mask > 0)
+    path = saved(mask, np.roll(mask, 4, axis=1))
+    with pytest.raises(ValueError, match=r"a\.png: .*colours and transparency mark different"):
+        ct.read_contour(path)
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
