@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fibldm import checkpoint, ct, dicom, disk, export, tables, volumes
+from fibldm import checkpoint, ct, disk, export, headers, tables, volumes
 from fibldm.config import read_settings
 from fibldm.encoding import LatentDataset
 from fibldm.tables import SPLITS, Row, Split
@@ -160,7 +160,7 @@ def read_picture(path: Path) -> None:
 
 def read_dicom(path: Path) -> None:
     with contextlib.suppress(ValueError):
-        dicom.read_headers(path)
+        headers.read_headers(path)
     read_slice(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, sparse
 
-from fibldm import dicom, disk, limits, volumes
+from fibldm import dicom, disk, limits, pictures, volumes
 
 Window = tuple[float, float]
 AIR = dicom.AIR
@@ -129,7 +129,7 @@ def read_hu(
     """
     array, is_hu = decode(path)
     if array.ndim == 3 and array.shape[2] in (3, 4):
-        array = volumes.grey_levels(array, path)
+        array = pictures.grey_levels(array, path)
     if array.ndim != 2:
         raise ValueError(f"{path}: expected one 2D slice, found an array of shape {array.shape}")
     return scale_to_hu(array, path, (1.0, 0.0) if is_hu else rescale, window)
@@ -172,7 +172,7 @@ def as_mask(array: np.ndarray) -> np.ndarray:
     if array.size and array.min() < 0:
         raise ValueError(f"values from {array.min()}, expected a contour: 0 outside, more inside")
     whole = bool((array == np.round(array)).all())
-    if whole and len(np.unique(array)) <= volumes.LABELS:
+    if whole and len(np.unique(array)) <= pictures.LABELS:
         return array > 0
     high = array.max()
     between = (array > 0.1 * high) & (array < 0.9 * high)
@@ -201,7 +201,7 @@ def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
     """
     array, _ = decode(path, marks=True)
     if array.ndim == 3 and array.shape[2] in (2, 3, 4) and channels != array.shape[2]:
-        array = volumes.mark_levels(array, Path(path))
+        array = pictures.mark_levels(array, Path(path))
     try:
         return as_contour(np.moveaxis(array, 2, 0) if array.ndim == 3 else array, channels)
     except ValueError as error:

@@ -3,6 +3,7 @@
 A few bytes can claim, or decompress to, more than a machine has ("decompression bombs").
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -206,3 +207,20 @@ def inside(name: str) -> bool:
     """Whether a path of a table stays below the folder that it is relative to."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of decoders, which raise anything on damaged files, the file's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded as an image: {error}") from error
+
+
+def require_one_frame(count: int) -> None:
+    if count != 1:
+        raise ValueError(
+            f"{count} frames, expected one slice; scripts/prepare_data.py makes slices of DICOM "
+            "files with several"
+        )

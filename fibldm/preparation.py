@@ -16,9 +16,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fibldm import dicom, disk, volumes
+from fibldm import disk, headers, volumes
+from fibldm.files import LeftOut
 from fibldm.patients import unify
-from fibldm.series import LeftOut, Options, Series, find_series
+from fibldm.series import Options, Series, find_series
 from fibldm.slices import INTERCEPT, Prepared, Settings, prepare_all
 from fibldm.tables import format_csv, list_some, read_csv
 
@@ -436,7 +437,7 @@ def _remarks(
             f"{len(pictures)} pictures come without a scale, as {pictures[0]}: those of 8 bits are "
             f"taken as {low:g} to {high:g} HU; if that is wrong give --window or --rescale"
         )
-    notes += dicom.remarks([s.header for one in series for s in one.sources if s.header])
+    notes += headers.remarks([s.header for one in series for s in one.sources if s.header])
     deep = [one.name for one in series if one.kind == "volume"]
     plain = [name for name in deep if not name.lower().endswith((".nii", ".nii.gz"))]
     if plain and options.array_axes is None:

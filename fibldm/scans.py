@@ -9,7 +9,9 @@ import numpy as np
 from fibldm import ct, dicom, volumes
 from fibldm.anatomy import hu_problem
 from fibldm.fields import find_field
-from fibldm.series import LeftOut, Options, Series, Source
+from fibldm.files import LeftOut
+from fibldm.headers import Header
+from fibldm.series import Options, Series, Source
 
 NEAR = 1.0  # mm between an image and its mask, at most
 
@@ -71,7 +73,7 @@ def _read_dicom(source: Source, opened: dict) -> Slice:
     return Slice(header.where, hu, spacing, header.height, mask, source)
 
 
-def _at_slice(path: Path, mask: volumes.Volume, header: dicom.Header) -> np.ndarray:
+def _at_slice(path: Path, mask: volumes.Volume, header: Header) -> np.ndarray:
     """The slice of a mask's volume where a DICOM slice lies, bool (H, W)."""
     if mask.heights is None:
         raise ValueError(f"{path}: its header has no orientation, expected one")

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fibldm import ct, dicom, disk, limits, volumes
+from fibldm import ct, disk, volumes
+from fibldm.files import LeftOut, find_files, json_object, natural, stem
+from fibldm.headers import Header, arrange, read_all_headers
 from fibldm.tables import (
     OF_SLICES,
     SPLITS,
@@ -21,11 +23,6 @@ from fibldm.tables import (
     label_columns,
     list_some,
     read_csv,
-)
-
-SUFFIXES = (
-    *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
-    *(".npy", ".npz", ".mat"),
 )
 
 
@@ -50,7 +47,7 @@ class Source:
     """Where one slice, or a volume of them, is stored, and what is known of it beforehand."""
 
     path: Path
-    header: dicom.Header | None = None
+    header: Header | None = None
     mask: Path | None = None
     rescale: tuple[float, float] | None = None
     position: float | None = None
@@ -82,14 +79,6 @@ class Series:
     study: str = ""
     nameless: bool = False
     person: tuple[str, str] = ("", "")
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A file, slice or series that is not used, and why: "what: details"."""
-
-    where: str
-    reason: str
 
 
 def find_series(
@@ -141,67 +130,8 @@ def find_series(
     return search.series, search.left_out
 
 
-def find_files(
-    inputs: Sequence[Path], exclude: Path
-) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
-    """All files below the inputs, each once and with its input's folder; absolute paths.
-
-    Hidden files, what lies below `exclude`, and earlier outputs of prepare_data.py are not among
-    them; folders that may not be read are left out. ValueError for an input that is missing.
-    """
-    found: dict[Path, tuple[Path, Path]] = {}  # links resolved -> path, input
-    left_out: list[LeftOut] = []
-    for top in (Path(os.path.abspath(top)) for top in inputs):
-        if top.is_file():
-            found.setdefault(top.resolve(), (top, top.parent))
-            continue
-        if not top.is_dir():
-            raise ValueError(f"{top}: no such file or folder")
-
-        def refuse(error: OSError) -> None:
-            left_out.append(LeftOut(str(error.filename), f"cannot be opened: {error.strerror}"))
-
-        visited = {exclude.resolve()}  # also what links lead back to
-        for name, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-            folder = Path(name)
-            is_output = folder != top and _json(folder / "dataset.json").get("key_check")
-            if is_output:
-                left_out.append(LeftOut(name, "an output of prepare_data.py"))
-            if is_output or folder.resolve() in visited:
-                folders.clear()
-                continue
-            visited.add(folder.resolve())
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for path in (folder / name for name in sorted(names) if not name.startswith(".")):
-                if path.is_file():
-                    found.setdefault(path.resolve(), (path, top))
-    return list(found.values()), left_out
-
-
-def stem(path: Path) -> str:
-    """The file's name without the suffix of its format: no other part of a dotted name is one."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
-
-
 def _hash(*values) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _natural(name: str) -> list:
-    """Sorts slice_10 behind slice_9."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _json(path: Path) -> dict:
-    """A JSON file's object; empty where there is none."""
-    try:
-        content = limits.read_json(path) if path.is_file() else {}
-    except (OSError, ValueError):
-        content = {}
-    return content if isinstance(content, dict) else {}
 
 
 def _scale(path: Path, top: Path, options: Options) -> tuple[float, float] | None:
@@ -212,7 +142,7 @@ def _scale(path: Path, top: Path, options: Options) -> tuple[float, float] | Non
     if options.rescale is not None:
         return options.rescale
     for folder in path.parents:
-        if _json(folder / "dataset.json").keys() & {"rescale_slope", "rescale_intercept"}:
+        if json_object(folder / "dataset.json").keys() & {"rescale_slope", "rescale_intercept"}:
             return ct.read_rescale(folder)
         if folder == top:
             break
@@ -293,9 +223,9 @@ class _Search:
 
     def add_dicom(self, files: list[tuple[Path, Path]], workers: int) -> None:
         """DICOM files, each with its input's folder, by SeriesInstanceUID, in order."""
-        groups: dict[str, list[dicom.Header]] = defaultdict(list)
+        groups: dict[str, list[Header]] = defaultdict(list)
         tops = dict(files)
-        for path, headers in zip(tops, dicom.read_all_headers(list(tops), workers), strict=True):
+        for path, headers in zip(tops, read_all_headers(list(tops), workers), strict=True):
             if isinstance(headers, str):
                 self.leave_out(path, headers)
                 continue
@@ -304,7 +234,7 @@ class _Search:
         for uid, headers in groups.items():
             folder = os.path.commonpath([header.path.parent for header in headers])
             try:
-                kept, out, notes = dicom.arrange(headers)
+                kept, out, notes = arrange(headers)
                 found = {patient_of(h.path, tops[h.path], self.options, ""): h.path for h in kept}
                 if len(found) > 1:
                     names = ", ".join(f"{name} ({path})" for name, path in found.items())
@@ -344,7 +274,7 @@ class _Search:
                 )
             )
 
-    def take_masks(self, headers: list[dicom.Header]) -> list[Path | None]:
+    def take_masks(self, headers: list[Header]) -> list[Path | None]:
         """The mask of each file of a series: its own, or one NIfTI file of all in their folder."""
         paths = dict.fromkeys(header.path for header in headers)  # one may have several frames
         own = {path: self.masks.pop((path.parent, stem(path)), None) for path in paths}
@@ -391,7 +321,7 @@ class _Search:
             of = [source], [content], fingerprint
             self.series.append(Series("volume", place, patient, place, *of, top=top))
         for (folder, patient, top), group in flat.items():
-            group.sort(key=lambda item: _natural(item[0].path.name))
+            group.sort(key=lambda item: natural(item[0].path.name))
             sources, contents, facts = (list(part) for part in zip(*group, strict=True))
             name = str(folder)
             of = sources, contents, _hash(facts)

@@ -15,9 +15,10 @@ from PIL import Image
 from fibldm import ct, disk, spine
 from fibldm.anatomy import hu_problem
 from fibldm.fields import Field, Surround
+from fibldm.files import LeftOut
 from fibldm.lungs import lung_mask
 from fibldm.scans import Slice, read_series
-from fibldm.series import LeftOut, Options, Series, Source
+from fibldm.series import Options, Series, Source
 
 INTERCEPT = -1024  # HU of a stored 0
 MAX_HU = 32767

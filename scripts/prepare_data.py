@@ -23,8 +23,9 @@ from fibldm.cli import (
     positive_float,
     run_script,
 )
+from fibldm.files import LeftOut
 from fibldm.preparation import Preparation, prepare
-from fibldm.series import LeftOut, Options
+from fibldm.series import Options
 from fibldm.slices import Settings
 from fibldm.tables import read_labels
 

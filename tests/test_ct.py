@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
-from fibldm import ct, export, volumes
+from fibldm import ct, export, pictures
 
 WINDOW = (-1000.0, 400.0)
 RESCALE = (1.0, -1024.0)
@@ -255,7 +255,7 @@ def test_the_soft_edge_of_a_mask_is_cut_at_half(scale):
     distance = np.hypot(x - 64, y - 64)
     soft = np.clip(40.8 - distance, 0, 1) * scale  # a disc of radius 40.3
     values = np.round(soft).astype(np.uint8) if scale > 1 else soft
-    assert len(np.unique(values)) > volumes.LABELS
+    assert len(np.unique(values)) > pictures.LABELS
     np.testing.assert_array_equal(ct.as_mask(values), distance < 40.3)
 
 
@@ -266,7 +266,7 @@ def test_label_maps_of_many_labels_are_all_that_is_not_0(count, dtype):
     regions = 1 + ((y // 12) * 22 + x // 12) % count
     lungs = np.hypot((x - 128) / 90, (y - 128) / 70) < 1
     labels = np.where(lungs, regions, 0).astype(dtype)
-    assert len(np.unique(labels)) > volumes.LABELS
+    assert len(np.unique(labels)) > pictures.LABELS
     np.testing.assert_array_equal(ct.as_mask(labels), lungs)
     np.testing.assert_array_equal(ct.as_mask(np.stack([labels, labels[::-1]]))[0], lungs)
 
