@@ -75,7 +75,7 @@ def natural(name: str) -> list:
 def json_object(path: Path) -> dict:
     """A JSON file's object; empty where there is none."""
     try:
-        content = limits.readjson_object(path) if path.is_file() else {}
+        content = limits.read_json(path) if path.is_file() else {}
     except (OSError, ValueError):
         content = {}
     return content if isinstance(content, dict) else {}

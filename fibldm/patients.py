@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from fibldm.series import Series
-from fibldm.tables import Row, check_patients
+from fibldm.tables import Row, check_patients, same_name
 
 PLACEHOLDERS = frozenset(  # what programs write for a patient's ID
     [
@@ -38,7 +38,7 @@ def unify(series: list[Series], patterned: bool) -> tuple[list[Series], dict[str
     united, aliases, notes = series, {one.patient: one.patient for one in series}, []
     if not patterned:
         names = _names(series)
-        pairs = [(_key(name), one.study) for one, name in zip(series, names, strict=True)]
+        pairs = [(same_name(name), one.study) for one, name in zip(series, names, strict=True)]
         groups = _connected(pairs)
         spellings = defaultdict(set)
         for (key, _), name in zip(pairs, names, strict=True):
@@ -54,10 +54,6 @@ def unify(series: list[Series], patterned: bool) -> tuple[list[Series], dict[str
     if torn:
         raise ValueError(torn[0].message)
     return united, aliases, notes
-
-
-def _key(name: str) -> str:
-    return " ".join(name.split()).casefold()
 
 
 def _names(series: list[Series]) -> list[str]:

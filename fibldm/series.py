@@ -91,7 +91,7 @@ def find_series(
     """
     files, left_out = find_files(inputs, exclude)
     search = _Search(options, left_out)
-    tables = {path.parent: path for path, _ in files if path.name == "label.csv"}
+    tables = {path.parent: path for path, _ in files if path.name.lower() == "label.csv"}
     for table in tables.values():
         search.add_table(table)
 

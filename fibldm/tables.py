@@ -339,8 +339,30 @@ def label_columns(csv_file: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, li
             "a patient has several slices, some land in training and some in validation, and "
             "held-out numbers will look better than they are."
         )
+    else:
+        notes += _alike(csv_file, frame["patient_id"].unique())
     lacking = {"contour", "patient_id", "label", "split"} - set(columns)
     return frame.assign(**dict.fromkeys(lacking, "")), notes
+
+
+def same_name(patient: str) -> str:
+    """What is equal for names that differ in case and spaces alone."""
+    return " ".join(patient.split()).casefold()
+
+
+def _alike(csv_file: Path, patients: Iterable[str]) -> list[str]:
+    """A note on patients whose names differ in case and spaces alone."""
+    names: dict[str, list[str]] = {}
+    for patient in patients:
+        names.setdefault(same_name(patient), []).append(patient)
+    found = [" and ".join(map(repr, alike)) for alike in names.values() if len(alike) > 1]
+    if not found:
+        return []
+    return [
+        f"WARNING: {csv_file}: {len(found)} patients have names that differ in case or spaces "
+        f"alone, as {found[0]}: each counts as a patient. If these are one, held-out numbers will look "
+        "better than they are; write one name"
+    ]
 
 
 def check_files(

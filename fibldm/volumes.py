@@ -1,6 +1,7 @@
 """Slices and volumes of DICOM, NIfTI, PNG, TIFF, NPY, NPZ and MAT files: decoded, and upright."""
 
 import gzip
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,9 +114,11 @@ def decode(
     else:
         with limits.naming(path):
             if kind == "dicom":
-                dataset = dicom.read_file(path)
-                limits.require_one_frame(int(dataset.get("NumberOfFrames") or 1))
-                volume = Volume(dicom.read_frame(dataset), kind)
+                with warnings.catch_warnings():  # at each reading of each file
+                    warnings.simplefilter("ignore")
+                    dataset = dicom.read_file(path)
+                    limits.require_one_frame(int(dataset.get("NumberOfFrames") or 1))
+                    volume = Volume(dicom.read_frame(dataset), kind)
             elif kind == "npy":
                 values = np.load(path, mmap_mode="r", allow_pickle=False)  # no larger than the file
                 limits.require_values(path, values.shape, most)

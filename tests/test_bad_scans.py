@@ -391,9 +391,11 @@ def listing(header: str = "image,contour,patient_id,split", line: str = "{i},{m}
     return "\n".join(lines) + "\n"
 
 
-def test_rows_that_are_deleted_do_not_come_back(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["label.csv", "LABEL.CSV"])
+def test_rows_that_are_deleted_do_not_come_back(tmp_path, capsys, name):
     lines = listing().splitlines()
     listed(tmp_path / "in" / "a", "\n".join([lines[0], *lines[2:8]]))
+    (tmp_path / "in" / "a" / "label.csv").rename(tmp_path / "in" / "a" / name)
     (tmp_path / "in" / "a" / "more").mkdir()
     nibabel.save(nifti(scan(2)), tmp_path / "in" / "a" / "more" / "scan.nii")
     data = prepare(tmp_path / "in", "--min_lung_area", 0.01)

@@ -196,6 +196,13 @@ def test_rows_are_read(tmp_path):
     assert notes == []
 
 
+def test_patients_whose_names_differ_in_case_alone_are_told(tmp_path):
+    text = patients(20)
+    assert table(tmp_path, text)[1] == []
+    _, (note,) = table(tmp_path, text.replace(",p3\n", ",P4 \n"))
+    assert note.startswith("WARNING") and "1 patients" in note and "'P4' and 'p4'" in note
+
+
 def test_columns_in_another_order_with_a_byte_order_mark(tmp_path):
     text = "\ufeffSplit,Contour,patient_id,Image\ntrain,a_c.png,p0,a.png\nval,b_c.png,p1,b.png\n"
     for name in ("a.png", "a_c.png", "b.png", "b_c.png"):
