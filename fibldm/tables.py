@@ -360,8 +360,8 @@ def _alike(csv_file: Path, patients: Iterable[str]) -> list[str]:
         return []
     return [
         f"WARNING: {csv_file}: {len(found)} patients have names that differ in case or spaces "
-        f"alone, as {found[0]}: each counts as a patient. If these are one, held-out numbers will look "
-        "better than they are; write one name"
+        f"alone, as {found[0]}: each counts as a patient. If these are one, held-out numbers will "
+        "look better than they are; write one name"
     ]
 
 
