@@ -151,7 +151,9 @@ def scale_to_hu(
     else:
         raise ValueError(f"{path}: {array.dtype} values without a scale; {SCALE_REMEDY}")
     hu = array.astype(np.float32) * slope + intercept
-    hu[dicom.from_border(np.isnan(hu))] = AIR  # what is outside of the field of view
+    hu[dicom.from_border(np.isnan(hu) | np.isneginf(hu))] = (
+        AIR  # what is outside of the field of view
+    )
     if not np.isfinite(hu).all():
         raise ValueError(f"{path}: {int((~np.isfinite(hu)).sum())} values are not finite")
     return hu

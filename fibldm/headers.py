@@ -31,8 +31,8 @@ class Header:
 
     `orientation` holds the direction cosines of a row and of a column, `corner` the first pixel's
     position in mm (x to the patient's left, y to the back, z to the head); `spacing` is mm between
-    rows and between columns. `patient` is "" without a PatientID and a name, `person` birth date
-    and sex, each "" where unknown. `warned` is what pydicom said of the file. `problem` says why it
+    rows and between columns. `patient` is the PatientID, `name` PatientName, `person` birth date and
+    sex, each "" where unknown. `warned` is what pydicom said of the file. `problem` says why it
     can't be used, where it can't.
     """
 
@@ -42,6 +42,7 @@ class Header:
     series: str
     study: str
     patient: str
+    name: str
     person: tuple[str, str]
     uid: str
     number: tuple[int, int]
@@ -204,7 +205,8 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         frames,
         str(dataset.get("SeriesInstanceUID") or f"without UID in {path.parent}"),
         str(dataset.get("StudyInstanceUID") or f"without UID in {path.parent}"),
-        next(filter(None, _text(dataset, "PatientID", "PatientName")), ""),
+        " ".join(_text(dataset, "PatientID")),
+        " ".join(_text(dataset, "PatientName")),
         tuple(" ".join(_text(dataset, name)) for name in ("PatientBirthDate", "PatientSex")),
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
         tuple(_number(dataset, name) for name in ("AcquisitionNumber", "InstanceNumber")),
@@ -225,10 +227,11 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
     Slices that differ from most others in orientation, matrix or pixel spacing are left out, and
     so are copies and slices at the same position. Raises ValueError for two patients in a series.
     """
-    named = [header for header in headers if header.patient]
-    patients = {" ".join(h.patient.split()).casefold(): h for h in named}
+    of = "patient" if any(header.patient for header in headers) else "name"
+    named = {getattr(header, of): header for header in headers if getattr(header, of)}
+    patients = {" ".join(name.split()).casefold(): header for name, header in named.items()}
     if len(patients) > 1:
-        found = ", ".join(f"{header.patient} ({header.path})" for header in patients.values())
+        found = ", ".join(f"{getattr(h, of)} ({h.path})" for h in patients.values())
         raise ValueError(f"{len(patients)} patients in one series, expected one: {found}")
     headers, notes = _placed(headers)
     left_out = [(header.where, header.problem) for header in headers if header.problem]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,11 +253,11 @@ class _Search:
                 continue
             sources = [Source(h.path, h, mask) for h, mask in zip(kept, masks, strict=True)]
             # UIDs alone do not identify: some software gives the same ones to several series.
-            of = [header.patient or f"study {header.study}" for header in kept]
+            of = [h.patient or h.name or f"study {h.study}" for h in kept]
             contents = [f"{who} {h.series} {h.uid}" for who, h in zip(of, kept, strict=True)]
             fingerprint = _hash(facts)
-            first = next((header for header in kept if header.patient), kept[0])
-            patient = next(iter(found)) or first.patient
+            first = max(kept, key=lambda header: (bool(header.patient), bool(header.name)))
+            patient = next(iter(found)) or first.patient or first.name
             self.series.append(
                 Series(
                     "dicom",
@@ -313,11 +313,13 @@ class _Search:
             else:
                 flat[path.parent, patient, str(top)].append(item)
 
-        # A volume is named by its file, or by its folder where several have that name.
-        names = Counter(stem(source.path) for source, *_ in deep)
+        # A volume is named by its file, or by its folder where others have a file of that name.
+        folders = defaultdict(set)
+        for source, *_ in deep:
+            folders[stem(source.path)].add(source.path.parent)
         for source, content, fingerprint, patient, folder, top in deep:
             name, place = stem(source.path), str(source.path)
-            patient = patient or (name if names[name] == 1 else folder)
+            patient = patient or (name if len(folders[name]) == 1 else folder)
             of = [source], [content], fingerprint
             self.series.append(Series("volume", place, patient, place, *of, top=top))
         for (folder, patient, top), group in flat.items():

@@ -1,6 +1,7 @@
 """Who is a patient: what is one person's must not land on both sides of the split."""
 
 import nibabel
+import numpy as np
 import pytest
 from scans import ct_datasets, nifti, scan, write_dicom
 from test_bad_scans import listed, listing
@@ -39,6 +40,27 @@ def test_a_study_is_of_one_patient(tmp_path, capsys, names):
     assert patients(prepare(tmp_path / "in")) == 1
     (note,) = [note for note in notes(capsys) if "one patient for" in note]
     assert all(repr(name) in note for name in names if name) and "--patient_pattern" in note
+
+
+@pytest.mark.parametrize("name", ["", "Muster^Erika"])
+def test_a_series_is_of_one_patient_whatever_its_spelling(tmp_path, capsys, name):
+    datasets = ct_datasets(PatientName=name)
+    for dataset, spelling in zip(datasets, ["", "p7", "P7", "P7 ", ""], strict=True):
+        dataset.PatientID = spelling
+    write_dicom(tmp_path / "in", datasets)
+    assert len(rows_of(prepare(tmp_path / "in"))) == 5
+    datasets[3].PatientID = "P8"
+    write_dicom(tmp_path / "in", datasets)
+    with pytest.raises(ValueError, match="2 patients in one series"):
+        prepare(tmp_path / "in")
+
+
+def test_volumes_of_one_stem_in_one_folder_are_a_patient_each_stem(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        nibabel.save(nifti(scan(number)), tmp_path / "in" / f"S{number}.nii")
+        np.save(tmp_path / "in" / f"S{number}.npy", scan(number + 2))
+    assert patients(prepare(tmp_path / "in")) == 2
 
 
 def test_names_that_differ_in_case_and_spaces_are_one(tmp_path, capsys):
