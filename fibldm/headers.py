@@ -31,8 +31,8 @@ class Header:
 
     `orientation` holds the direction cosines of a row and of a column, `corner` the first pixel's
     position in mm (x to the patient's left, y to the back, z to the head); `spacing` is mm between
-    rows and between columns. `patient` is the PatientID, `name` PatientName, `person` birth date and
-    sex, each "" where unknown. `warned` is what pydicom said of the file. `problem` says why it
+    rows and between columns. `patient` is the PatientID, `name` PatientName, `person` birth date
+    and sex, each "" where unknown. `warned` is what pydicom said of the file. `problem` says why it
     can't be used, where it can't.
     """
 
