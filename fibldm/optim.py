@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as adamw_
 
 
 def has_bf16() -> bool:
@@ -127,8 +128,8 @@ RMS = 0.2  # of an update: AdamW's, so that one learning rate serves both (arXiv
 LEAST_SIDE = 16  # a convolution with fewer channels in or out is hardly a matrix
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, roughly: (m, n) -> (m, n).
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest matrices with orthonormal rows or columns, roughly: (k, m, n) -> (k, m, n).
 
     Singular values become 0.7 to 1.2, but for those that are tiny beside the largest, which only
     grow 480-fold; their vectors stay (Newton-Schulz iteration). Each
@@ -136,26 +137,28 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     one, which is small where m and n differ.
     """
     a, b, c = COEFFICIENTS
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    gram = x @ x.mT
+    norm = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + 1e-7
+    gram = gram / norm.square()
+    identity = a * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     product = None
     for left in reversed(range(NEWTON_SCHULZ)):
-        factor = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
+        factor = torch.baddbmm(identity + b * gram, gram, gram, alpha=c)
         product = factor if product is None else factor @ product
         if left:
             gram = factor @ gram @ factor
-    x = product @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    x = product / norm @ x
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for weights whose first two sides are both at least LEAST_SIDE, AdamW for all else.
 
-    A convolution's weight (out, in, k, k) is taken as a matrix (out, in * k * k). So the widths
+    A convolution's weight (out, in, k, k) is taken as a matrix (out, k * k * in). So the widths
     decide: the first and last convolutions of a network are mostly AdamW's. One learning rate
-    serves both.
+    serves both. Matrices of one shape are orthogonalized at once: a GPU would wait for Python.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.01) -> None:
@@ -170,29 +173,43 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One step along the gradients; parameters without one stay as they are."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    weight.mul_(1 - group["lr"] * group["decay"])
-                    update = self._muon(weight) if group["matrix"] else self._adam(weight)
-                    weight.add_(update, alpha=-group["lr"])
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                update = self._muon if group["matrix"] else self._adamw
+                update(weights, [weight.grad for weight in weights], group["lr"], group["decay"])
 
-    def _muon(self, weight: Tensor) -> Tensor:
-        state, gradient = self.state[weight], weight.grad
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(state["momentum"], MOMENTUM).flatten(1)  # Nesterov's
-        scale = RMS * max(ahead.shape) ** 0.5
-        return scale * orthogonalize(ahead).view(weight.shape)
+    def _muon(
+        self, weights: list[Tensor], gradients: list[Tensor], lr: float, decay: float
+    ) -> None:
+        momenta = self._states(weights, "momentum")
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = list(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov's
+        stacks: dict[torch.Size, list[int]] = {}
+        for i, weight in enumerate(weights):
+            stacks.setdefault(weight.shape, []).append(i)
+        for places in stacks.values():
+            # Channels last, as weights lie in memory: the order of columns changes nothing.
+            rows = torch.stack([ahead[i].movedim(1, -1) for i in places])
+            found = orthogonalize(rows.flatten(2))
+            found *= RMS * max(found.shape[1:]) ** 0.5
+            for i, update in zip(places, found.view(rows.shape).movedim(-1, 2), strict=True):
+                ahead[i] = update
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_add_(weights, ahead, alpha=-lr)
 
-    def _adam(self, weight: Tensor) -> Tensor:
-        state, gradient = self.state[weight], weight.grad
-        if not state:
-            state["mean"], state["square"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            state["step"] = torch.zeros(())
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - BETAS[0])
-        state["square"].lerp_(gradient.square(), 1 - BETAS[1])
-        corrections = [1 - beta ** float(state["step"]) for beta in BETAS]
-        spread = (state["square"] / corrections[1]).sqrt() + EPSILON
-        return state["mean"] / corrections[0] / spread
+    def _adamw(
+        self, weights: list[Tensor], gradients: list[Tensor], lr: float, decay: float
+    ) -> None:
+        means, squares, steps = (self._states(weights, n) for n in ("mean", "square", "step"))
+        adamw_(
+            weights, gradients, means, squares, [], steps, foreach=True, amsgrad=False,
+            beta1=BETAS[0], beta2=BETAS[1], lr=lr, weight_decay=decay, eps=EPSILON, maximize=False,
+        )  # fmt: skip
+
+    def _states(self, weights: list[Tensor], name: str) -> list[Tensor]:
+        """What is kept of each weight under this name; at first zeros. Steps stay on the CPU."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                zeros = torch.zeros(()) if name == "step" else torch.zeros_like(weight)
+                self.state[weight][name] = zeros
+        return [self.state[weight][name] for weight in weights]

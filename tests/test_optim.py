@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fibldm.optim import (
     COEFFICIENTS,
@@ -179,13 +180,12 @@ def train(model: nn.Module, optimizer: Muon, steps: range) -> float:
 def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonalize(matrix) @ vh.T
+    found = u.T @ orthogonalize(matrix[None])[0] @ vh.T
     values = found.diagonal()
     assert (values > 0.5).all() and (values < 1.3).all()
     torch.testing.assert_close(found, torch.diag(values), atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        orthogonalize(1e-4 * matrix), orthogonalize(matrix), atol=1e-2, rtol=0
-    )
+    small, large = orthogonalize(torch.stack([1e-4 * matrix, matrix]))
+    torch.testing.assert_close(small, large, atol=1e-2, rtol=0)
 
 
 def test_orthogonalize_agrees_with_the_plain_iteration_where_singular_values_are_tiny():
@@ -198,7 +198,7 @@ def test_orthogonalize_agrees_with_the_plain_iteration_where_singular_values_are
         a, b, c = COEFFICIENTS
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    torch.testing.assert_close(orthogonalize(matrix), x.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(orthogonalize(matrix[None])[0], x.float(), atol=1e-3, rtol=0)
 
 
 def test_matrices_take_steps_of_adams_length_whatever_the_gradient():
@@ -227,8 +227,56 @@ def test_a_matrix_follows_nesterovs_momentum():
         model.weight.grad = gradient.clone()
         optimizer.step()
         momentum = 0.95 * momentum + 0.05 * gradient
-        expected = orthogonalize(0.05 * gradient + 0.95 * momentum) * RMS * 30**0.5
+        (expected,) = orthogonalize((0.05 * gradient + 0.95 * momentum)[None]) * RMS * 30**0.5
         torch.testing.assert_close((before - model.weight) / 1e-2, expected, atol=1e-3, rtol=0)
+
+
+def layers(count: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(count))).to(
+        memory_format=torch.channels_last
+    )
+
+
+def test_weights_of_one_shape_do_not_change_each_other():
+    together, alone = layers(3), layers(3)
+    optimizers = [Muon(together, lr=1e-2), *(Muon(layer, lr=1e-2) for layer in alone)]
+    for step in range(3):
+        for model in together, alone:
+            generator = torch.Generator().manual_seed(step)
+            for number, weight in enumerate(model.parameters()):
+                weight.grad = 10.0**number * torch.randn(weight.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what computes: all operations but views and what is read of AdamW's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_a_deeper_network_needs_no_more_kernels():
+    """A GPU has done each of them before Python asks for the next."""
+
+    def kernels(model: nn.Module) -> int:
+        optimizer = Muon(model, lr=1e-2)
+        for _ in range(2):
+            for weight in model.parameters():
+                weight.grad = torch.ones_like(weight)
+            with Kernels() as counter:
+                optimizer.step()
+        return counter.count
+
+    assert kernels(layers(12)) == kernels(layers(3)) < 80
 
 
 def test_what_is_no_matrix_is_stepped_as_by_adamw():
