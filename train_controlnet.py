@@ -104,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer, scaler = adamw(controlnet, args.lr), precision.scaler()
     components = {"controlnet": controlnet, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     run.resume("train_controlnet", components, lineage)
+    unet = precision.frozen(unet)
     if args.compile:
         unet.compile()
     model = distributed.wrap(controlnet, device, args.compile)

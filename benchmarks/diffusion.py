@@ -546,14 +546,16 @@ def denoisers(arm: str, args: argparse.Namespace) -> Callable[[Tensor], Callable
                 return unet(x, t, none, None, controlnet(x, t, hint, none, embedded=True))
         else:
             denoiser = make_denoiser(unet, controlnet, contour)
-        denoiser = guide(
-            denoiser, make_denoiser(unet), scheduler, args.guidance, tuple(args.interval)
-        )
+        plain = make_denoiser(unet)
+        guided = guide(
+            denoiser, lambda x, t: (denoiser(x, t), plain(x, t)), scheduler, args.guidance,
+            args.interval,
+        )  # fmt: skip
         shape = (CHANNELS, LATENT, LATENT)
 
         def draw(x: Tensor) -> Tensor:
             return SAMPLERS[args.sampler](
-                denoiser, scheduler, x, timesteps,
+                guided, scheduler, x, timesteps,
                 lambda k: item_noise(args.seed, "ddpm", k, range(len(x)), shape).to(device),
             )  # fmt: skip
 

@@ -4,12 +4,15 @@ Zhang, Rao & Agrawala 2023, "Adding Conditional Control to Text-to-Image Diffusi
 """
 
 import copy
+from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fibldm.layers import zero_init
 from fibldm.scheduler import Denoiser
-from fibldm.unet import UNet, contour_condition
+from fibldm.unet import NO_LABEL, UNet, contour_condition
 
 
 class HintEncoder(nn.Sequential):
@@ -87,16 +90,52 @@ def make_denoiser(
 
     Labels are as UNet.forward has them: classes (N,), or their weights (N, num_classes).
     """
-    condition = hint = None
-    if contour is not None:
-        condition = contour_condition(contour, unet.config["latent_size"])
-    if controlnet is not None and contour is not None:
-        hint = controlnet.embed(contour)
+    condition, control = _prepare(unet, controlnet, contour, label)
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        control = None
-        if hint is not None:
-            control = controlnet(x, t, hint, condition, label, embedded=True)
-        return unet(x, t, condition, label, control)
+        return unet(x, t, condition, label, control(x, t))
 
     return denoiser
+
+
+def make_pair(
+    unet: UNet,
+    controlnet: ControlNet | None = None,
+    contour: Tensor | None = None,
+    label: Tensor | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """For `guide`: (x_t, t) -> v as of `make_denoiser`, and v of the U-Net alone, in one batch."""
+    condition, control = _prepare(unet, controlnet, contour, label)
+    conditions = None if condition is None else _then_zeros(condition)
+    labels = label
+    if label is not None and label.ndim == 2:
+        labels = F.pad(label, (0, 1, 0, len(label)))  # the last weight is that of no label
+        labels[len(label) :, -1] = 1
+    elif label is not None:
+        labels = torch.cat([label, torch.full_like(label, NO_LABEL)])
+
+    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        steering = control(x, t)
+        steering = steering and [_then_zeros(feature) for feature in steering]
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        return unet(x, t, conditions, labels, steering).chunk(2)
+
+    return pair
+
+
+def _then_zeros(x: Tensor) -> Tensor:
+    """x (N, ...) and N items of zeros."""
+    return torch.cat([x, torch.zeros_like(x)])
+
+
+def _prepare(
+    unet: UNet, controlnet: ControlNet | None, contour: Tensor | None, label: Tensor | None
+) -> tuple[Tensor | None, Callable[[Tensor, Tensor], list[Tensor] | None]]:
+    """The U-Net's view of a contour, and the function (x_t, t) -> what the ControlNet adds."""
+    if contour is None:
+        return None, lambda x, t: None
+    condition = contour_condition(contour, unet.config["latent_size"])
+    if controlnet is None:
+        return condition, lambda x, t: None
+    hint = controlnet.embed(contour)
+    return condition, lambda x, t: controlnet(x, t, hint, condition, label, embedded=True)

@@ -30,6 +30,19 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A model for many calls of inference: autocast would cast frozen weights at each of them.
+
+        It is a copy whose convolutions and linear maps are cast once, or in fp32 the model itself.
+        """
+        if self.dtype is None:
+            return model
+        model = copy.deepcopy(model)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.to(self.dtype)
+        return model
+
     def scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 

@@ -3,6 +3,7 @@
 Each starts from x (N, C, h, w), standard normal, walks the descending `timesteps`, and returns x0.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -21,7 +22,7 @@ def transitions(timesteps: Iterable[int]) -> Iterator[tuple[int, int]]:
 def predict_x0(denoiser: Denoiser, scheduler: CosineScheduler, x: Tensor, t: int) -> Tensor:
     """The denoiser's estimate of x0 at timestep t, for the whole batch."""
     times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
-    return scheduler.x0_from_v(x, denoiser(x, times), times)
+    return scheduler.x0_from_v(x, denoiser(x, times), t)
 
 
 def ddpm(
@@ -39,13 +40,12 @@ def ddpm(
         raise ValueError("ddpm draws noise at each step: pass `noise`, a function of the step")
     for k, (t, s) in enumerate(transitions(timesteps)):
         x0 = predict_x0(denoiser, scheduler, x, t)
-        alpha_s, sigma_s = scheduler.alpha[s], scheduler.sigma[s]
-        ratio = scheduler.alpha[t] / alpha_s
-        keep = sigma_s**2 / scheduler.sigma[t] ** 2
-        fresh = (1 - ratio**2 * keep).clamp(min=0)  # sigma_{t|s}^2 / sigma_t^2, in closed form
+        (alpha, sigma), (alpha_s, sigma_s) = map(scheduler.alpha_sigma, (t, s))
+        ratio, keep = alpha / alpha_s, sigma_s**2 / sigma**2
+        fresh = max(0.0, 1 - ratio**2 * keep)  # sigma_{t|s}^2 / sigma_t^2, in closed form
         x = alpha_s * fresh * x0 + ratio * keep * x
         if s != CLEAN:
-            x = x + sigma_s * fresh.sqrt() * noise(k)
+            x = x + sigma_s * math.sqrt(fresh) * noise(k)
     return x
 
 
@@ -59,8 +59,8 @@ def ddim(
     """Deterministic DDIM (Song et al. 2020, arXiv 2010.02502); `noise` is not used."""
     for t, s in transitions(timesteps):
         x0 = predict_x0(denoiser, scheduler, x, t)
-        eps = (x - scheduler.alpha[t] * x0) / scheduler.sigma[t]
-        x = scheduler.alpha[s] * x0 + scheduler.sigma[s] * eps
+        (alpha, sigma), (alpha_s, sigma_s) = map(scheduler.alpha_sigma, (t, s))
+        x = alpha_s * x0 + sigma_s / sigma * (x - alpha * x0)
     return x
 
 
@@ -83,9 +83,8 @@ def dpmpp_2m(
             estimate = x0
         else:
             estimate = x0 + (x0 - previous) * (h / (2 * h_previous))  # 0 after an infinite step
-        decay = torch.exp(torch.tensor(-h))
-        ratio = scheduler.sigma[s] / scheduler.sigma[t]
-        x = ratio * x + scheduler.alpha[s] * (1 - decay).to(x.device) * estimate
+        (_, sigma), (alpha_s, sigma_s) = map(scheduler.alpha_sigma, (t, s))
+        x = sigma_s / sigma * x + alpha_s * -math.expm1(-h) * estimate
         previous, h_previous = x0, h
     return x
 
@@ -95,7 +94,7 @@ SAMPLERS = {"dpmpp_2m": dpmpp_2m, "ddim": ddim, "ddpm": ddpm}
 
 def guide(
     conditional: Denoiser,
-    unconditional: Denoiser,
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     scheduler: CosineScheduler,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -103,20 +102,21 @@ def guide(
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022) as a denoiser; scale 1 is `conditional`.
 
-    It acts where t / T lies within `interval` (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-    `rescale` in [0, 1] pulls the guided estimate of x0 back to the standard deviation of the
-    conditional one (arXiv 2305.08891).
+    both: (x_t, t) -> v as of `conditional`, and the unconditional v. Guidance acts where t / T lies
+    within `interval` (Kynkaanniemi et al. 2024, arXiv 2404.07724). `rescale` in [0, 1] pulls the
+    guided estimate of x0 back to the standard deviation of the conditional one (arXiv 2305.08891).
     """
     if scale == 1.0:
         return conditional
-    return partial(_guided, conditional, unconditional, scheduler, scale, interval, rescale)
+    return partial(_guided, conditional, both, scheduler, scale, tuple(interval), rescale)
 
 
-def _guided(conditional, unconditional, scheduler, scale, interval, rescale, x, t):
-    v = conditional(x, t)
-    if not interval[0] <= float(t[0]) / scheduler.num_timesteps <= interval[1]:
-        return v
-    other = unconditional(x, t)
+def _guided(conditional, both, scheduler, scale, interval, rescale, x, t):
+    low, high = interval
+    # Where it always acts, a GPU need not be asked for t.
+    if interval != (0.0, 1.0) and not low <= float(t[0]) / scheduler.num_timesteps <= high:
+        return conditional(x, t)
+    v, other = both(x, t)
     guided = other + scale * (v - other)
     if rescale == 0.0:
         return guided

@@ -31,12 +31,16 @@ class CosineScheduler:
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         sigma = (1 - alpha**2).sqrt()
 
-        # One more entry, found at index CLEAN.
-        self.alpha = torch.cat([alpha, torch.ones(1)]).float().to(device)
-        self.sigma = torch.cat([sigma, torch.zeros(1)]).float().to(device)
+        # One more entry, found at index CLEAN. What a sampler asks for needs no wait for a GPU.
+        alpha = torch.cat([alpha, torch.ones(1)]).float()
+        sigma = torch.cat([sigma, torch.zeros(1)]).float()
+        self.numbers = list(zip(alpha.tolist(), sigma.tolist(), strict=True))
+        self.alpha, self.sigma = alpha.to(device), sigma.to(device)
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (N,) -> alpha_t and sigma_t, each (N, 1, 1, 1)."""
+    def alpha_sigma(self, t: Tensor | int) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """t (N,) -> alpha_t and sigma_t, each (N, 1, 1, 1); of one t for all, two numbers."""
+        if isinstance(t, int):
+            return self.numbers[t]
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
     def snr(self, t: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ class CosineScheduler:
 
     def log_snr(self, t: int) -> float:
         """Half the log of the SNR, log(alpha / sigma): -inf at T - 1, inf at CLEAN."""
-        alpha, sigma = float(self.alpha[t]), float(self.sigma[t])
+        alpha, sigma = self.numbers[t]
         return math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class CosineScheduler:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * noise - sigma * x0
 
-    def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor | int) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_t - sigma * v
 
@@ -83,7 +87,8 @@ class CosineScheduler:
             return [round((i + 1) * self.num_timesteps / steps) - 1 for i in reversed(range(steps))]
 
         # T - 1 has no finite log-SNR; beyond this range steps bring next to nothing.
-        table = torch.log(self.alpha[:last] / self.sigma[:last])
+        alpha, sigma = torch.tensor(self.numbers[:last]).T
+        table = torch.log(alpha / sigma)
         if spacing == "karras":
             table = -torch.exp(-table / KARRAS_RHO)
         start, end = table[int(0.95 * last)], table[int(0.008 * last)]

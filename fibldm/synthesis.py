@@ -19,7 +19,7 @@ from fibldm import ct, export
 from fibldm.batches import item_noise
 from fibldm.checkpoint import load, load_model, require_equal, source_hash
 from fibldm.conditions import ContourForm, Label, fit_contours, read_labels
-from fibldm.controlnet import ControlNet, make_denoiser
+from fibldm.controlnet import ControlNet, make_denoiser, make_pair
 from fibldm.distributed import choose_device
 from fibldm.optim import Precision
 from fibldm.privacy import LATENTS, PIXELS, Privacy
@@ -32,6 +32,7 @@ from fibldm.vae import LATENT_SCALE, VAE, clipped
 ATTEMPTS = 10  # draws of a sample with `avoid`, the first included
 NEXT_SEED = 1_000_003  # from one attempt to the next: far from the seeds that people give
 BATCH = 32  # slices at once in `encode` and `decode`
+Models = tuple[UNet, ControlNet | None]
 
 
 @dataclass(frozen=True)
@@ -258,11 +259,11 @@ class Synthesizer:
         if fitted is None and not any(names):
             how = replace(how, guidance_scale=1.0)  # there is nothing to guide towards
 
-        def draw(batch: list[int], attempt: int) -> list[Sample]:
+        def draw(models: Models, batch: list[int], attempt: int) -> list[Sample]:
             asked = None if fitted is None else fitted[[i % len(fitted) for i in batch]]
             label = torch.tensor([numbers[i % len(numbers)] for i in batch], device=self.device)
             now = seed + attempt * NEXT_SEED
-            latents = self._draw_latents(batch, asked, label, now, how, timesteps)
+            latents = self._draw_latents(models, batch, asked, label, now, how, timesteps)
             images = self.decode(latents, now, batch)
             copied = self.find_copied(images, avoid)
             return [
@@ -274,10 +275,11 @@ class Synthesizer:
             ]  # fmt: skip
 
         def draw_all() -> Iterator[list[Sample]]:
+            models = self.frozen_models()
             for start in range(0, len(items), batch_size):
                 left, drawn = items[start : start + batch_size], []
                 for attempt in range(ATTEMPTS):
-                    drawn += draw(left, attempt)
+                    drawn += draw(models, left, attempt)
                     left = [s.index for s in drawn[-len(left) :] if s.copy_of is not None]
                     if not left:
                         break
@@ -285,9 +287,15 @@ class Synthesizer:
 
         return draw_all()
 
+    def frozen_models(self) -> Models:
+        """U-Net and ControlNet as they are now, for many calls."""
+        frozen = self.precision.frozen
+        return frozen(self.unet), None if self.controlnet is None else frozen(self.controlnet)
+
     @torch.no_grad()
     def _draw_latents(
         self,
+        models: Models,
         items: list[int],
         contours: np.ndarray | None,
         label: Tensor,
@@ -304,9 +312,8 @@ class Synthesizer:
 
         with self.precision.autocast():
             denoiser = guide(
-                make_denoiser(self.unet, self.controlnet, contour, label),
-                make_denoiser(self.unet), self.scheduler, how.guidance_scale,
-                how.guidance_interval, how.guidance_rescale,
+                make_denoiser(*models, contour, label), make_pair(*models, contour, label),
+                self.scheduler, how.guidance_scale, how.guidance_interval, how.guidance_rescale,
             )  # fmt: skip
             z = SAMPLERS[how.sampler](
                 denoiser, self.scheduler, noise("sample", 0), timesteps, lambda k: noise("ddpm", k)

@@ -128,8 +128,8 @@ class UNetEncoder(nn.Module):
         """x (N, C, h, w), t (N,), contour (N, K + 1, h, w), label (N,) -> features, embedding.
 
         contour comes from `contour_condition`; label is a class index or NO_LABEL, or, between
-        classes, weights (N, num_classes) of their embeddings; `hint` (N, channels[0], h, w), the
-        ControlNet's, is added to the first feature map.
+        classes, weights (N, num_classes) of their embeddings, one more being no label's; `hint`
+        (N, channels[0], h, w), the ControlNet's, is added to the first feature map.
         """
         # Conditions: time and label are embedded, the contour joins the latent's channels.
         emb = self.time(timestep_embedding(t, self.time_channels))
@@ -138,7 +138,7 @@ class UNetEncoder(nn.Module):
                 label = torch.full_like(t, NO_LABEL, dtype=torch.long)
             none = self.label.num_embeddings - 1
             if label.ndim == 2:
-                emb = emb + label @ self.label.weight[:none]
+                emb = emb + label @ self.label.weight[: label.shape[1]]
             else:
                 emb = emb + self.label(torch.where(label == NO_LABEL, none, label))
         if contour is None:

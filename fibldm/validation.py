@@ -20,7 +20,7 @@ from fibldm.panels import write_samples
 from fibldm.privacy import read_privacy
 from fibldm.run import Run
 from fibldm.scheduler import diffusion_loss
-from fibldm.synthesis import Synthesizer
+from fibldm.synthesis import Models, Synthesizer
 
 NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
 GRID = 16  # samples in the picture
@@ -126,32 +126,38 @@ class Validation:
         """
         last = self.synthesizer.scheduler.num_timesteps - 1
         levels = [round((i + 0.5) / NOISE_LEVELS * last) for i in range(NOISE_LEVELS)]
-        totals = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64)
+        totals, models = torch.zeros(2, NOISE_LEVELS).double(), self.synthesizer.frozen_models()
         for places in chunks(own, BATCH):
             distributed.alive()
             rows = [self.rows[i] for i in places]
             latents, contours, labels = self.data.batch(rows, self.device)
             _, others, _ = self.data.batch([self.others[i] for i in places], self.device)
             for total, given in zip(totals, (contours, others), strict=True):
-                total += self._losses(rows, levels, latents, given, labels)
+                total += self._losses(models, rows, levels, latents, given, labels)
         totals = distributed.sum_over_ranks(totals.to(self.device)).cpu() / len(self.rows)
         right, wrong = totals.mean(dim=1).tolist()
         by_level = {f"loss_t{level}": float(v) for level, v in zip(levels, totals[0], strict=True)}
         return {"loss": right, "contour_gap": wrong / max(right, 1e-12) - 1, **by_level}
 
     def _losses(
-        self, rows: list[int], levels: list[int], x0: Tensor, contours: Tensor, labels: Tensor
+        self,
+        models: Models,
+        rows: list[int],
+        levels: list[int],
+        x0: Tensor,
+        contours: Tensor,
+        labels: Tensor,
     ) -> Tensor:
         """The sum of the rows' losses at each level, on the CPU, float64."""
         model, totals = self.synthesizer, []
         with model.precision.autocast():
-            denoiser = make_denoiser(model.unet, model.controlnet, contours, labels)
+            denoiser = make_denoiser(*models, contours, labels)
             for level in levels:
                 noise = item_noise(SEED, "val", level, rows, x0.shape[1:]).to(self.device)
                 t = torch.full((len(rows),), level, device=self.device)
                 losses = diffusion_loss(denoiser, model.scheduler, x0, t, noise)
-                totals.append(losses.double().sum().cpu())
-        return torch.stack(totals)
+                totals.append(losses.double().sum())
+        return torch.stack(totals).cpu()
 
     def samples(self, own: Sequence[int], step: int) -> dict[str, float]:
         """Sample for the fixed contours, draw the grid, measure realism and contour Dice."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fibldm.controlnet import ControlNet, make_denoiser
+from fibldm.controlnet import ControlNet, make_denoiser, make_pair
 from fibldm.scheduler import CosineScheduler, diffusion_loss
 from fibldm.unet import NO_LABEL, UNet, contour_condition
 
@@ -167,6 +167,20 @@ def test_a_denoiser_without_controlnet_or_contour_is_the_unet():
     assert torch.equal(make_denoiser(unet, control)(x, TIMES), unet(x, TIMES))
     condition = contour_condition(contours(), 8)
     assert torch.equal(make_denoiser(unet, None, contours())(x, TIMES), unet(x, TIMES, condition))
+
+
+@pytest.mark.parametrize("label", [None, torch.tensor([1, NO_LABEL]), torch.eye(2) * 0.4 + 0.3])
+@pytest.mark.parametrize("steered", [True, False])
+@pytest.mark.parametrize("contour", [None, contours()])
+def test_a_pair_for_guidance_is_two_denoisers_in_one_batch(label, steered, contour):
+    unet, x = tiny_unet(num_classes=2), normal(2, 3, 8, 8)
+    asked = perturb(ControlNet(unet, SIZE), seed=1) if steered else None, contour, label
+    calls = []
+    unet.register_forward_hook(lambda *_: calls.append(1))
+    v, other = make_pair(unet, *asked)(x, TIMES)
+    assert len(calls) == 1
+    torch.testing.assert_close(v, make_denoiser(unet, *asked)(x, TIMES), atol=1e-5, rtol=0)
+    torch.testing.assert_close(other, make_denoiser(unet)(x, TIMES), atol=1e-5, rtol=0)
 
 
 def test_the_frozen_encoder_stores_no_graph_and_the_decoder_passes_gradients():

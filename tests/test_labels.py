@@ -71,11 +71,10 @@ def test_high_attenuation_area_rises_with_the_label_asked_for():
     def area(label: torch.Tensor, scale: float = 1.0) -> float:
         asked = contours[: 2 * BATCH]
         given = label.expand(len(asked), *label.shape).clone()
+        conditional = make_denoiser(ema.model, None, asked, given)
+        without = make_denoiser(ema.model, None, asked)
         denoiser = guide(
-            make_denoiser(ema.model, None, asked, given),
-            make_denoiser(ema.model, None, asked),
-            scheduler,
-            scale,
+            conditional, lambda x, t: (conditional(x, t), without(x, t)), scheduler, scale
         )
         noise = item_noise(1, "sample", 0, range(len(asked)), latents.shape[1:])
         z = dpmpp_2m(denoiser, scheduler, noise, scheduler.timesteps(10)) * std + mean

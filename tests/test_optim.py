@@ -22,8 +22,22 @@ from fibldm.optim import (
     optimizer_step,
     orthogonalize,
 )
+from fibldm.unet import UNet
 
 CPU = torch.device("cpu")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what computes, but not views or what is read of AdamW's step; or one kind alone."""
+
+    def __init__(self, kind: torch._ops.OpOverload | None = None) -> None:
+        super().__init__()
+        self.kind, self.count = kind, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        silent = func.is_view or func is torch.ops.aten._local_scalar_dense.default
+        self.count += not silent if self.kind is None else func is self.kind
+        return func(*args, **kwargs or {})
 
 
 def rates(schedule: str, steps: int, warmup_steps: int = 0, lr: float = 1.0) -> list[float]:
@@ -76,6 +90,27 @@ def test_precision_on_a_cpu(name, dtype):
     with precision.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     assert not precision.scaler().is_enabled()
+
+
+def test_frozen_weights_are_cast_once_and_nothing_else_changes():
+    torch.manual_seed(0)
+    model = UNet(2, 8, channels=(16, 32), blocks=1, num_classes=2).requires_grad_(False)
+    for weight in model.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    before, x, t = copy.deepcopy(model.state_dict()), torch.randn(2, 2, 8, 8), torch.tensor([3, 99])
+    assert Precision("fp32", CPU).frozen(model) is model
+    precision, casts = Precision("bf16", CPU), []
+    frozen = precision.frozen(model)
+    with precision.autocast():
+        assert torch.equal(frozen(x, t), model(x, t))
+        for one in frozen, model:
+            with Kernels(torch.ops.aten._to_copy.default) as counter:
+                one(x, t)
+            casts.append(counter.count)
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+    assert casts[1] - casts[0] == 2 * layers  # a weight and a bias of each
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
 
 
 # The moving average: its closed form, warm-up, buffers and resume.
@@ -250,18 +285,6 @@ def test_weights_of_one_shape_do_not_change_each_other():
             optimizer.step()
     for a, b in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-class Kernels(TorchDispatchMode):
-    """Counts what computes: all operations but views and what is read of AdamW's step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view and func is not torch.ops.aten._local_scalar_dense.default
-        return func(*args, **kwargs or {})
 
 
 def test_a_deeper_network_needs_no_more_kernels():

@@ -304,7 +304,7 @@ def memorized(models, monkeypatch):
     copied = torch.from_numpy(data.latents[data.indices("train")[3]].copy())
 
     def set_rate(always: bool) -> None:
-        def guide(denoiser, unconditional, scheduler, *_):
+        def guide(denoiser, both, scheduler, *_):
             chosen: list[torch.Tensor] = []
 
             def exact(x, t):

@@ -184,6 +184,11 @@ def constant(value: float) -> Denoiser:
     return lambda x, t: torch.full_like(x, value)
 
 
+def guided_by(conditional: Denoiser, unconditional: Denoiser, *how, **more) -> Denoiser:
+    both = lambda x, t: (conditional(x, t), unconditional(x, t))  # noqa: E731
+    return guide(conditional, both, SCHEDULER, *how, **more)
+
+
 def test_guidance_of_scale_1_is_the_conditional_denoiser():
     conditional = constant(3.0)
 
@@ -195,7 +200,7 @@ def test_guidance_of_scale_1_is_the_conditional_denoiser():
 
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, 1.0), (1.5, 4.0), (4.0, 9.0)])
 def test_guidance_in_closed_form(scale, expected):
-    guided = guide(constant(3.0), constant(1.0), SCHEDULER, scale)
+    guided = guided_by(constant(3.0), constant(1.0), scale)
     v = guided(torch.zeros(2, 1, 2, 2), torch.tensor([400, 400]))
     torch.testing.assert_close(v, torch.full((2, 1, 2, 2), expected))
 
@@ -204,7 +209,7 @@ def test_guidance_in_closed_form(scale, expected):
     ("t", "acts"), [(999, False), (801, False), (800, True), (500, True), (200, True), (199, False)]
 )
 def test_guidance_acts_within_its_interval(t, acts):
-    guided = guide(constant(3.0), constant(1.0), SCHEDULER, 2.0, interval=(0.2, 0.8))
+    guided = guided_by(constant(3.0), constant(1.0), 2.0, interval=(0.2, 0.8))
     v = guided(torch.zeros(1, 1, 1, 1), torch.tensor([t]))
     assert float(v) == (5.0 if acts else 3.0)
 
@@ -217,7 +222,7 @@ def test_rescale_pulls_back_to_the_conditional_standard_deviation():
         return lambda x, t: SCHEDULER.v_from_x0(x, x0, t)
 
     def spread(rescale: float) -> Tensor:
-        guided = guide(towards(target), towards(other), SCHEDULER, 4.0, rescale=rescale)
+        guided = guided_by(towards(target), towards(other), 4.0, rescale=rescale)
         return SCHEDULER.x0_from_v(x, guided(x, t), t).std(dim=(1, 2, 3))
 
     plain, half, full = spread(0.0), spread(0.5), spread(1.0)
@@ -232,7 +237,7 @@ def test_guided_sampling_sharpens_towards_the_condition():
     narrow, wide = mixture_denoiser((1.0, 0.5, 0.5)), mixture_denoiser((1.0, 0.0, 0.5))
     timesteps = SCHEDULER.timesteps(50)
     means = [
-        float(dpmpp_2m(guide(narrow, wide, SCHEDULER, w), SCHEDULER, quantiles(), timesteps).mean())
+        float(dpmpp_2m(guided_by(narrow, wide, w), SCHEDULER, quantiles(), timesteps).mean())
         for w in (0.0, 1.0, 2.0)
     ]
     assert means[0] == pytest.approx(0.0, abs=0.01)

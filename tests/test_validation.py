@@ -79,8 +79,13 @@ def denoise(monkeypatch):
             contour = asked[-1]
             return lambda x, t: SCHEDULER.v_from_x0(x, oracle(contour, x), t)
 
+        def make_pair(*asked):
+            denoiser = make_denoiser(*asked)
+            return lambda x, t: (denoiser(x, t), denoiser(x, t))
+
         for module in validation, synthesis:
             monkeypatch.setattr(module, "make_denoiser", make_denoiser)
+        monkeypatch.setattr(synthesis, "make_pair", make_pair)
 
     return use
 
