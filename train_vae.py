@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from fibldm import cli, distributed
-from fibldm.batches import Plan, item_noise, item_uniform
+from fibldm.batches import Plan
 from fibldm.checkpoint import read_start
 from fibldm.config import begun_with
 from fibldm.ct import DEFAULT_WINDOW
-from fibldm.datasets import CHECKED, CTDataset, load_batches, shift_slices
+from fibldm.datasets import CHECKED, CTDataset, training_slices
 from fibldm.disk import file_hash
 from fibldm.losses import reconstruction_loss, structural_loss
 from fibldm.optim import EMA, Muon, clear_gradients, clip_gradients, optimizer_step
@@ -128,8 +128,9 @@ def main(args: argparse.Namespace) -> None:
     rows, notes = read_table(args.csv_file, args.img_dir, split)
     folder, window = Path(args.csv_file).parent, tuple(args.window)
     data = CTDataset(
-        rows, args.img_dir, folder, args.image_size, window, max_bad=args.max_bad_images
-    )
+        rows, args.img_dir, folder, args.image_size, window, max_bad=args.max_bad_images,
+        images_alone=True,
+    )  # fmt: skip
     distributed.say(*notes, *data.notes())
     _, bad_rows = data.check(run.folder.path / CHECKED)
     distributed.warn(*input_warnings(data))
@@ -168,22 +169,20 @@ def main(args: argparse.Namespace) -> None:
 
     # Train.
     # Between the steps, run.steps logs, saves, validates and stops; first comes a preflight.
-    load = partial(load_batches, data, batches, args.num_workers)
+    load = partial(
+        training_slices, data, batches, args.num_workers, most_pixels, latent_shape, device
+    )
     for step, micro_batches in run.steps(load, validate):
-        for micro, batch in micro_batches:
-            run.note_unreadable(batch["unreadable"])
-            uniform = item_uniform(args.seed, "shift", step, micro.positions, 6)
-            x = shift_slices(batch["image"], uniform[:, :2], most_pixels)
-            x = x.to(device, non_blocking=True)
-            noise = item_noise(args.seed, "vae", step, micro.positions, latent_shape)
+        for micro, (x, noise, uniform, unreadable) in micro_batches:
+            run.note_unreadable(unreadable)
 
             # Loss.
             with distributed.sync_gradients(model, micro.last):
                 with precision.autocast():
-                    slices, posterior = model(x, noise.to(device))
+                    slices, posterior = model(x, noise)
                     decoded = slices._replace(logvar=slices.logvar.detach())
-                    recon = decoded.sample(moved(vae.grain, uniform[:, 4:]))
-                    rec = rec_loss(slices.mean, recon, x, uniform[:, 2:4]).mean()
+                    recon = decoded.sample(moved(vae.grain, uniform[:, 2:]))
+                    rec = rec_loss(slices.mean, recon, x, uniform[:, :2]).mean()
                     kl, texture = posterior.kl(), grain_loss(*slices, x)
                     loss = rec + args.kl_weight * kl + texture
                 run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)

@@ -39,6 +39,30 @@ def item_uniform(seed: int, stream: str, step: int, items: Sequence[int], count:
     return torch.from_numpy(np.stack(draws))
 
 
+def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
+    """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, -most to most.
+
+    uniform (N, 2) in [0, 1) says how far: 0 is `most` pixels up and left, 0.5 is not at all.
+    Nothing is interpolated, so texture stays as it is. The free border becomes air, -1.
+    """
+    height, width = x.shape[2:]
+    offsets = (uniform * (2 * most + 1)).long() - most
+    moved = torch.full_like(x, -1.0)
+    for source, target, (down, right) in zip(x, moved, offsets.tolist(), strict=True):
+        kept = source[:, max(0, -down) : height - max(0, down)]
+        kept = kept[:, :, max(0, -right) : width - max(0, right)]
+        top, left = max(0, down), max(0, right)
+        target[:, top : top + kept.shape[1], left : left + kept.shape[2]] = kept
+    return moved
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU copies it while it computes."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def seed_dropout(seed: int, step: int, items: Sequence[int]) -> None:
     """Make dropout's masks follow from these, so that a resumed run drops the same features.
 

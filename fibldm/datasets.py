@@ -21,7 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fibldm import ct, distributed
-from fibldm.batches import item_generator, next_row
+from fibldm.batches import (
+    Batches,
+    item_generator,
+    item_noise,
+    item_uniform,
+    next_row,
+    shift_slices,
+    to_device,
+)
 from fibldm.disk import replace_text
 from fibldm.limits import TEXT, read_json
 from fibldm.tables import Row, list_some
@@ -82,7 +90,8 @@ class CTDataset(Dataset):
     The contour is uint8, 0 or 1. Images of another size are padded to a square and resized. The
     first `slices` rows are the table's, those after them further `views` of training slices.
     A file that cannot be read is a ValueError; where `max_bad` is above 0, the next slice of the
-    same split takes its place, and "unreadable" (rows,) says for which rows it did.
+    same split takes its place, and "unreadable" (rows,) says for which rows it did. Contours take
+    longer to read than images: `images_alone` only checks them.
     """
 
     def __init__(
@@ -95,10 +104,13 @@ class CTDataset(Dataset):
         contour_channels: int = 1,
         views: Views = Views(),
         max_bad: int = 0,
+        images_alone: bool = False,
     ) -> None:
         self.rows, self.root, self.image_size = views.of(rows), Path(root), image_size
         self.slices, self.views, self.max_bad = len(rows), views, max_bad
         self.window, self.contour_channels = window, contour_channels
+        self.images_alone = images_alone
+        assert not (images_alone and views.count > 1), "views move contours too"
         self.info = ct.read_dataset_info(Path(rescale_folder))
         if self.info.rescale is None:
             self.info = ct.read_dataset_info(self.root)
@@ -119,13 +131,16 @@ class CTDataset(Dataset):
             )
         return hu, contour
 
-    def read_or_replace(self, row: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def read_or_replace(self, row: int) -> tuple[np.ndarray, np.ndarray | None, list[int]]:
         """`read_pair` of a row, or of the next one of its split that can be read; and the rows
-        that can't.
+        that can't. Of `images_alone` the contour is None.
         """
         unreadable, place = [], row
         while True:
             try:
+                if self.images_alone:
+                    image = self.root / self.rows[place].image
+                    return ct.read_hu(image, self.rescale, self.window), None, unreadable
                 return *self.read_pair(place), unreadable
             except ValueError:
                 unreadable.append(place)
@@ -138,13 +153,13 @@ class CTDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         hu, contour, unreadable = self.read_or_replace(row)
-        hu = ct.fit_square(hu, self.image_size, ct.AIR)
-        contour = ct.fit_contour(contour, self.image_size)
-        hu, contour = self.views.move(hu, contour, self.rows[row])
-        image = ct.hu_to_unit(hu, self.window)
-        return {
-            "image": torch.from_numpy(image)[None],
-            "contour": torch.from_numpy(contour),
+        hu, item = ct.fit_square(hu, self.image_size, ct.AIR), {}
+        if contour is not None:
+            contour = ct.fit_contour(contour, self.image_size)
+            hu, contour = self.views.move(hu, contour, self.rows[row])
+            item["contour"] = torch.from_numpy(contour)
+        return item | {
+            "image": torch.from_numpy(ct.hu_to_unit(hu, self.window))[None],
             "row": torch.tensor(row),
             "unreadable": torch.tensor((unreadable + [NOTHING] * self.max_bad)[: self.max_bad]),
         }
@@ -283,23 +298,6 @@ def stat_files(paths: Sequence[Path]) -> list[os.stat_result]:
         return [result for part in parts for result in part]
 
 
-def shift_slices(x: Tensor, uniform: Tensor, most: int) -> Tensor:
-    """Slices x (N, C, H, W) in [-1, 1], each moved by whole pixels, -most to most.
-
-    uniform (N, 2) in [0, 1) says how far: 0 is `most` pixels up and left, 0.5 is not at all.
-    Nothing is interpolated, so texture stays as it is. The free border becomes air, -1.
-    """
-    height, width = x.shape[2:]
-    offsets = (uniform * (2 * most + 1)).long() - most
-    moved = torch.full_like(x, -1.0)
-    for source, target, (down, right) in zip(x, moved, offsets.tolist(), strict=True):
-        kept = source[:, max(0, -down) : height - max(0, down)]
-        kept = kept[:, :, max(0, -right) : width - max(0, right)]
-        top, left = max(0, down), max(0, right)
-        target[:, top : top + kept.shape[1], left : left + kept.shape[2]] = kept
-    return moved
-
-
 def load_batches(dataset: Dataset, batches: Iterable[list[int]], workers: int) -> DataLoader:
     """Batches of a dataset in the order given; `workers` processes decode ahead of their use.
 
@@ -351,6 +349,36 @@ def load_slices(
     return ((batch, to_device(batch["image"], device)) for batch in loaded)
 
 
+def training_slices(
+    data: Dataset,
+    batches: Batches,
+    workers: int,
+    most: int,
+    latent_shape: Sequence[int],
+    device: torch.device,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Moved slices, noise (as latents), uniform draws (N, 4) and unreadable rows, by micro-batch.
+
+    In the order of `batches`, made while the one before trains. The slices are moved by `most`
+    pixels at most. The last two stay on the CPU.
+    """
+    loaded = iter(load_batches(data, batches, workers))  # not in a thread: see `load_slices`
+
+    def make() -> Iterator[tuple[Tensor, ...]]:
+        for batch, (step, positions, _) in zip(loaded, batches.all_micro_batches(), strict=True):
+            uniform = item_uniform(batches.plan.seed, "shift", step, positions, 6)
+            x = shift_slices(batch["image"], uniform[:, :2], most)
+            noise = item_noise(batches.plan.seed, "vae", step, positions, latent_shape)
+            yield (
+                to_device(x, device),
+                to_device(noise, device),
+                uniform[:, 2:],
+                batch["unreadable"],
+            )
+
+    return ahead(make())
+
+
 def ignore_signals(worker: int) -> None:
     """In a decoding process: the main process decides when to stop, after it has saved."""
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
@@ -366,13 +394,6 @@ def spread(items: Sequence[int], most: int) -> list[int]:
     """At most `most` of the items, evenly spaced, the first and the last among them."""
     count = min(len(items), most)
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, count).round()]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a GPU copies it while it computes."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

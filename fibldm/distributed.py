@@ -128,8 +128,8 @@ def setup(device: str = "auto", timeout: float = 30.0) -> torch.device:
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor
     if "RANK" in os.environ and not dist.is_initialized():
         _join(chosen, timeout)
     return chosen

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fibldm import ct, distributed, limits
-from fibldm.batches import Batches, item_noise, item_uniform
+from fibldm.batches import Batches, item_noise, item_uniform, to_device
 from fibldm.checkpoint import environment, require_equal, source_hash
-from fibldm.datasets import CHECKED, CTDataset, Views, ahead, chunks, load_slices, to_device
+from fibldm.datasets import CHECKED, CTDataset, Views, ahead, chunks, load_slices
 from fibldm.disk import PackedRows, StoredRows, create_rows, file_hash, packed_size, replace_folder
 from fibldm.tables import Split, read_csv, read_table, write_csv
 from fibldm.unet import NO_LABEL

@@ -31,9 +31,9 @@ class Guard:
         """Whether on any rank a loss or a gradient is not finite, one must stop, a file is bad."""
         losses = torch.stack([value for values in self.scalars.values() for value in values])
         self.scalars["grad_norm"] = [grad_norm.detach().float()]
-        finite = torch.stack([torch.isfinite(losses).all(), torch.isfinite(grad_norm)])
-        noted = torch.tensor([stop, bool(self.unreadable)], device=finite.device)
-        counts = distributed.sum_over_ranks(torch.cat([~finite, noted]).float())
+        flags = [~torch.isfinite(losses).all(), ~torch.isfinite(grad_norm)]
+        flags += [flags[0].new_full((), noted) for noted in (stop, bool(self.unreadable))]
+        counts = distributed.sum_over_ranks(torch.stack(flags).float())
         return tuple(count > 0 for count in counts.tolist())
 
     def accept(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fibldm import ct, export
-from fibldm.batches import item_noise
+from fibldm.batches import item_noise, to_device
 from fibldm.checkpoint import load, load_model, require_equal, source_hash
 from fibldm.conditions import ContourForm, Label, fit_contours, read_labels
 from fibldm.controlnet import ControlNet, make_denoiser, make_pair
@@ -308,7 +308,7 @@ class Synthesizer:
         contour = None if contours is None else torch.from_numpy(contours).to(self.device)
 
         def noise(stream: str, step: int) -> Tensor:
-            return item_noise(seed, stream, step, items, shape).to(self.device)
+            return to_device(item_noise(seed, stream, step, items, shape), self.device)
 
         with self.precision.autocast():
             denoiser = guide(

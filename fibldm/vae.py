@@ -266,7 +266,7 @@ SLOPE = 2.7  # power falls as frequency ** -2.7 in the lungs of 40 patients
 
 
 @cache
-def _bands(size: int) -> tuple[Tensor, Tensor]:
+def _bands(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The grain's band and spectrum over the frequencies of rfft2 for size x size pixels.
 
     The band is 1 at the grain's frequencies and 0 below. The gain turns white noise into grain of
@@ -279,18 +279,18 @@ def _bands(size: int) -> tuple[Tensor, Tensor]:
     gain = band * radius.clamp(min=CUTOFF) ** (-SLOPE / 2)
     twice = torch.where((half == 0) | (half == 0.5), 1.0, 2.0)  # rfft2 leaves their mirrors out
     power = (gain.square() * twice).sum() / size**2
-    return band, gain / power.clamp(min=1e-12).sqrt()
+    return band.to(device), (gain / power.clamp(min=1e-12).sqrt()).to(device)
 
 
 def fine_scale(x: Tensor) -> Tensor:
     """The part of x (N, 1, S, S) at spatial frequencies above CUTOFF; fp32."""
-    band = _bands(x.shape[-1])[0].to(x.device)
+    band, _ = _bands(x.shape[-1], x.device)
     return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
 
 
 def grain(noise: Tensor) -> Tensor:
     """White noise (N, 1, S, S) -> noise of variance 1 with the spectrum of CT's finest texture."""
-    gain = _bands(noise.shape[-1])[1].to(noise.device)
+    _, gain = _bands(noise.shape[-1], noise.device)
     return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
 
 
@@ -300,8 +300,9 @@ def moved(field: Tensor, uniform: Tensor) -> Tensor:
     uniform: in [0, 1). A shifted grain is as good as a new one, and drawing a new one for each
     slice takes 1.5 ms of a CPU.
     """
-    offsets = (uniform * field.shape[-1]).long().tolist()
-    return torch.cat([field.roll(offset, dims=(2, 3)) for offset in offsets])
+    size = field.shape[-1]
+    starts, tiled = (size - (uniform * size).long()).tolist(), field.repeat(1, 1, 2, 2)
+    return torch.cat([tiled[..., i : i + size, j : j + size] for i, j in starts])
 
 
 def local_power(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
-from fibldm import ct, encoding, losses, reconstruction
+from fibldm import ct, datasets, encoding, losses, reconstruction
 from fibldm.checkpoint import load_model, save
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
@@ -246,7 +246,7 @@ def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp
 def test_a_slice_its_view_and_its_grain_are_moved_independently(phantoms, tmp_path, monkeypatch):
     """Each by numbers of its own: a view that goes with the slice would undo a part of its move."""
     seen = {}
-    for module, name in (train_vae, "shift_slices"), (losses, "view_at"), (train_vae, "moved"):
+    for module, name in (datasets, "shift_slices"), (losses, "view_at"), (train_vae, "moved"):
         real = getattr(module, name)
 
         def watched(x, uniform, *rest, name=name, function=real):
@@ -673,14 +673,14 @@ def test_what_a_result_was_computed_with_is_kept_in_every_file(stages, tmp_path)
 
 def spoil_after(monkeypatch, step: int, path: Path) -> None:
     """An image becomes unreadable when a step begins."""
-    train_step = train_vae.item_noise
+    draw = datasets.item_noise
 
     def watched(seed, stream, number, *rest):
         if number == step and path.stat().st_size > 10:
             path.write_bytes(b"gone")
-        return train_step(seed, stream, number, *rest)
+        return draw(seed, stream, number, *rest)
 
-    monkeypatch.setattr(train_vae, "item_noise", watched)
+    monkeypatch.setattr(datasets, "item_noise", watched)
 
 
 def test_an_image_that_becomes_unreadable_is_replaced_and_left_out_on_resume(
