@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
     latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
     rec_loss = partial(reconstruction_loss, perceptual=perceptual, weight=args.perceptual_weight)
-    validation = VAEValidation(data, rec_loss, lpips, run, args.num_workers)
+    validation = VAEValidation(data, rec_loss, lpips, run)
     distributed.introduce(data.summary(), vae, device, precision.name)
 
     def validate(step: int) -> None:

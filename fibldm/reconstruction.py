@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fibldm import distributed
 from fibldm.anatomy import hu_problem
 from fibldm.batches import item_uniform
-from fibldm.datasets import CTDataset, chunks, load_batches, spread
+from fibldm.datasets import CTDataset, ahead, chunks, load_slices, spread
 from fibldm.distributed import say, warn
 from fibldm.features import PerceptualDistance, load_lpips, missing_weights, reconstruction_metrics
 from fibldm.panels import write_reconstructions
@@ -39,10 +39,8 @@ class VAEValidation:
     [0, 1) -> (N,). The ranks share the slices.
     """
 
-    def __init__(
-        self, data: CTDataset, loss: SliceLoss, lpips: nn.Module | None, run: Run, workers: int
-    ) -> None:
-        self.data, self.loss, self.lpips, self.run, self.workers = data, loss, lpips, run, workers
+    def __init__(self, data: CTDataset, loss: SliceLoss, lpips: nn.Module | None, run: Run) -> None:
+        self.data, self.loss, self.lpips, self.run = data, loss, lpips, run
 
     def measure(self, vae: VAE, step: int) -> VAE | None:
         """Log and draw; a copy of the VAE with standard latents where it is the best so far."""
@@ -73,20 +71,16 @@ class VAEValidation:
     ) -> tuple[dict[str, float], tuple[Tensor, Tensor], Tensor]:
         """Mean metrics; mean and standard deviation (C,) of the latents; and their noise's."""
         own = [rows[i] for i in distributed.share(len(rows))]
-        totals: dict[str, float] = {}
+        totals: dict[str, Tensor] = {}
         sums = self._sums(3, vae)
-        batches = chunks(own, BATCH)
-        for batch_rows, batch in zip(batches, load_batches(self.data, batches, 0), strict=True):
-            distributed.alive()
-            self.run.note_unreadable(batch["unreadable"])
-            x = batch["image"].to(self.run.device)
+        for batch_rows, x in self._slices(own):
             posterior = vae.encode(x)
             offsets = item_uniform(SEED, "val", 0, batch_rows, 2)  # each slice's own, always same
             for name, value in self._metrics(vae, posterior.mean, x, offsets).items():
-                totals[name] = totals.get(name, 0.0) + float(value.sum())
+                totals[name] = totals.get(name, 0) + value.sum().double()
             mean, noise = posterior.mean.double(), posterior.logvar.double().exp()
             sums += torch.stack([mean, mean.square(), noise]).sum(dim=(1, 3, 4))
-        everywhere = distributed.gather(totals)
+        everywhere = distributed.gather({name: float(total) for name, total in totals.items()})
         names = dict.fromkeys(name for found in everywhere for name in found)
         values = {n: sum(found.get(n, 0.0) for found in everywhere) / len(rows) for n in names}
         count = len(rows) * vae.config["latent_size"] ** 2
@@ -107,13 +101,20 @@ class VAEValidation:
         picked = spread(rows, MEASURED)
         own = [picked[i] for i in distributed.share(len(picked))]
         sums = self._sums(2, vae)
-        for batch in load_batches(self.data, chunks(own, BATCH), self.workers):
-            distributed.alive()
-            self.run.note_unreadable(batch["unreadable"])
-            mean = vae.encode(batch["image"].to(self.run.device)).mean.double()
+        for _, x in self._slices(own):
+            mean = vae.encode(x).mean.double()
             sums += torch.stack([mean, mean.square()]).sum(dim=(1, 3, 4))
         count = len(picked) * vae.config["latent_size"] ** 2
         return moments(distributed.sum_over_ranks(sums), count)
+
+    def _slices(self, rows: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows and their slices on the device, in batches; the next is read meanwhile."""
+        batches = chunks(rows, BATCH)
+        loaded = ahead(load_slices(self.data, batches, 0, self.run.device))
+        for batch_rows, (batch, x) in zip(batches, loaded, strict=True):
+            distributed.alive()
+            self.run.note_unreadable(batch["unreadable"])
+            yield batch_rows, x
 
     def _sums(self, count: int, vae: VAE) -> Tensor:
         """Zeros, for so many sums of each latent channel."""

@@ -7,7 +7,14 @@ from scipy import stats
 from torch import nn
 
 from fibldm import distributed
-from fibldm.batches import Batches, Plan, item_noise, item_uniform, seed_dropout
+from fibldm.batches import (
+    Batches,
+    Plan,
+    item_generator,
+    item_noise,
+    item_uniform,
+    seed_dropout,
+)
 
 ROWS = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31]
 
@@ -189,3 +196,14 @@ def test_dropout_follows_from_seed_step_and_position():
     assert mask(0, 5, range(8)) == first
     for other in ((1, 5, range(8)), (0, 6, range(8)), (0, 5, range(8, 16))):
         assert mask(*other) != first
+
+
+def test_numbers_of_many_items_are_those_of_each_items_generator():
+    for seed, step, items in (0, 3, range(4)), (-1, 0, [7, 2**40, 7]), (2**63, 10**9, [5]):
+        noise = item_noise(seed, "unet", step, items, (3, 5))  # odd: buffers are not empty
+        uniform = item_uniform(seed, "draws", step, items, 3)
+        for drawn, uniform_drawn, item in zip(noise, uniform, items, strict=True):
+            expected = item_generator(seed, "unet", step, item).standard_normal((3, 5), np.float32)
+            assert np.array_equal(drawn, expected)
+            expected = item_generator(seed, "draws", step, item).random(3, np.float32)
+            assert np.array_equal(uniform_drawn, expected)

@@ -20,6 +20,7 @@ from small_data import SIZE, SPLIT, dataset_of, make_data, write_pair
 
 import train_vae
 from fibldm import ct, datasets
+from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.datasets import (
     CHECKED,
     CTDataset,
@@ -28,6 +29,7 @@ from fibldm.datasets import (
     load_batches,
     load_slices,
     shift_slices,
+    training_slices,
 )
 from fibldm.tables import Row, Split, read_table
 
@@ -225,6 +227,33 @@ def test_decoding_processes_of_a_thread_end_without_error(tmp_path):
     assert [batch["row"].tolist() for batch, _ in items] == [[2], [3]]
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_slices_to_train_on_come_in_order_with_their_own_numbers(tmp_path, workers):
+    data = dataset_of(make_data(tmp_path), images_alone=True, max_bad=1)
+    batches = Batches(data.indices("train"), Plan(3, 4, grad_accum=2, seed=7), start=1)
+    loaded = training_slices(data, batches, workers, 2, (2, 3, 3), torch.device("cpu"))
+    micro_batches = list(batches.all_micro_batches())
+    for (step, positions, _), found in zip(micro_batches, loaded, strict=True):
+        uniform = item_uniform(7, "shift", step, positions, 6)
+        x = torch.stack([data[row]["image"] for row in batches.rows_of(step, positions)])
+        expected = (
+            shift_slices(x, uniform[:, :2], 2), item_noise(7, "vae", step, positions, (2, 3, 3)),
+            uniform[:, 2:], torch.full((2, 1), -1),
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(micro_batches) == 4
+
+
+def test_images_alone_are_read_without_contours_which_are_checked_nevertheless(tmp_path):
+    csv_file = make_data(tmp_path)
+    whole, alone = dataset_of(csv_file), dataset_of(csv_file, images_alone=True)
+    assert torch.equal(alone[0]["image"], whole[0]["image"]) and "contour" not in alone[0]
+    (tmp_path / whole.rows[0].contour).write_bytes(b"gone")
+    assert torch.equal(alone[1]["image"], whole[1]["image"]) and alone[0]["row"] == 0
+    with pytest.raises(ValueError, match="1 of 14 rows are bad"):
+        alone.check()
 
 
 def test_shift_slices_moves_each_by_its_own_and_fills_with_air():
