@@ -327,6 +327,8 @@ def test_it_resumes_to_the_bit(tmp_path):
     train(first, optimizer, range(3))
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "s")
     saved = torch.load(tmp_path / "s", weights_only=True)
+    names = {frozenset(state) for state in saved["optimizer"]["state"].values()}
+    assert names == {frozenset({"momentum"}), frozenset({"mean", "square", "step"})}  # as ever
     second = network()
     optimizer = Muon(second, lr=1e-2)
     second.load_state_dict(saved["model"])
