@@ -106,6 +106,7 @@ BOTH = {
     "turned by 180 degrees": lambda a: a[::-1, ::-1],
     "turned by 90 degrees": lambda a: np.rot90(a),
     "transposed": lambda a: a.T,
+    "shrunk to a half, 0 HU around": lambda a: np.pad(a[::2, ::2], len(a) // 4),
 }
 COPY = {
     "copy, exact": lambda hu: hu,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fibldm import anatomy, ct, likeness
+from fibldm import anatomy, ct, likeness, spine
 from fibldm.tables import SPLITS, Row, TableProblem
 
 FEW_PATIENTS = 5  # in a split: less than these say little
@@ -35,6 +35,9 @@ ERRORS = {
     "HU: values": "values are not HU of a chest CT: prepare it again from the originals",
     "HU: by image": "each image is stretched to its own minimum and maximum, so that the same "
     "tissue has another value in each: prepare them again with one window",
+    "framed": "the picture is larger than the field of view, and what is around it passes for "
+    "tissue: the chest is shrunk. Run scripts/prepare_data.py on the scans, or on this folder: it "
+    "cuts the surround off",
     "contour empty": "such a slice teaches that no contour means lungs: remove it or draw one",
     "contour open": "outlines must be closed lines; close them, or use filled masks",
     "contour misplaced": "the contour is not of this image as it lies: lungs will not follow "
@@ -43,8 +46,10 @@ ERRORS = {
     "other lungs; bring all to one style",
     "orientations mixed": "slices lie in no one way: are a third or more mirrored or turned? Look "
     "at the contact sheet, and bring all to one orientation",
-    "turned": "slices lie otherwise than the rest: turn them back, or leave a patient out who lay "
-    "prone",
+    "upside down": "the spine is above, whatever a header said. Run scripts/prepare_data.py on the "
+    "scans, or on this folder: it turns such slices by 180 degrees. Flip them yourself where they "
+    "are mirrored top-bottom",
+    "turned": "slices lie otherwise than the rest: turn them back",
     "copies across splits": "the same slice in training and in another split makes held-out "
     "numbers too good; are two patient ids one patient? Remove one, or give both the same "
     "patient_id",
@@ -66,7 +71,7 @@ WARNINGS = {
     "and redraw the contour where it is wrong",
     "no lungs": "slices above or below the lungs, with nothing to learn: leave them out",
     "turned?": "perhaps mirrored or turned against the rest: look at the contact sheet (heart on "
-    "the image's right, spine below); a patient may have lain prone",
+    "the image's right, spine below)",
     "copies": "the same slice under two patient ids counts double: are they one patient?",
     "copies in a patient": "the same slice twice counts double: remove one",
 }  # fmt: skip
@@ -92,6 +97,18 @@ class Finding:
         if row is not None:
             self.rows.setdefault(row, reason or self.check)
 
+    def add_by_patient(self, rows: Sequence[Row], reasons: dict[int, str]) -> None:
+        """Add {row: what is wrong there}, a line for all slices of a patient that are alike."""
+        alike: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for i, reason in reasons.items():
+            alike[rows[i].patient_id, reason].append(i)
+        for (patient, reason), members in alike.items():
+            first, more = rows[members[0]].image, len(members) - 1
+            files = f"{first} and {more} more" if more else first
+            self.lines.append(f"patient {patient}: {reason} ({files})")
+            for i in members:
+                self.rows.setdefault(i, f"patient {patient}: {reason}")
+
 
 class Findings(dict[str, Finding]):
     """Findings by check; one begins when it is first asked for."""
@@ -116,9 +133,11 @@ class SliceReading:
     """What is kept of a slice: its problems, and small arrays to compare it with others by.
 
     `errors` {check: what was found} of its files. All else is of an image that could be read: such
-    a one has a `shape`. `thumbnail` (64, 64) float16 in [-1, 1] over the window; `view` (16, 16)
-    float32, the box around the lungs; `contour` and `lungs` (32, 32) bool; `fit` the Dice of these
-    two; `style` filled, outline or None; `top` the highest HU, which `top_count` pixels have.
+    a one has a `shape`. `frame` says what was seen where a surround passes for tissue; all else is
+    judged without it. `thumbnail` (64, 64) float16 in [-1, 1] over the window; `view` (16, 16)
+    float32, the box around the lungs; `uprightness` by the spine; `contour` and `lungs` (32, 32)
+    bool; `fit` the Dice of these two; `style` filled, outline or None; `top` the highest HU, which
+    `top_count` pixels have.
     """
 
     errors: dict[str, str] = field(default_factory=dict)
@@ -126,10 +145,12 @@ class SliceReading:
     digest: bytes = b""
     is_8bit: bool = False
     hu_problem: str | None = None
+    frame: str | None = None
     contour_problem: anatomy.Problem | None = None
     style: str | None = None
     thumbnail: np.ndarray | None = None
     view: np.ndarray | None = None
+    uprightness: float | None = None
     contour: np.ndarray | None = None
     lungs: np.ndarray | None = None
     fit: float = 0.0
@@ -207,6 +228,9 @@ def check_files(found: Findings, rows: Sequence[Row], readings: Sequence[SliceRe
             found["not square"].add(row.image, size)
     if "sizes" in found:
         found["sizes"].meaning = WARNINGS["sizes"].format(usual="x".join(map(str, usual)))
+    framed = {i: reading.frame for i, reading in enumerate(readings) if reading.frame}
+    if framed:
+        found["framed"].add_by_patient(rows, framed)
     if unscaled:
         fitting = sum(reading.is_ct for reading in unscaled)
         found["no scale"].meaning += f" ({fitting} of {len(unscaled)} look like chest CT so)"
@@ -285,32 +309,59 @@ def check_contours(found: Findings, rows: Sequence[Row], readings: Sequence[Slic
                 mixed.add(rows[i].image, reading.style, i)
 
 
-def check_turned(
+def check_orientations(
     found: Findings, rows: Sequence[Row], readings: Sequence[SliceReading]
 ) -> str | None:
-    """Patients that lie otherwise than the rest. Returns why this could not be checked."""
-    usable = [i for i, reading in enumerate(readings) if reading.view is not None]
+    """Patients that lie upside down, or otherwise than the rest.
+
+    Returns why the latter could not be checked. The spine tells in each patient alone what is
+    upside down; it is turned by 180 degrees before it is compared with the rest.
+    """
     where: dict[str, list[int]] = defaultdict(list)
-    for i in usable:
-        where[rows[i].patient_id].append(i)
+    for i, reading in enumerate(readings):
+        if reading.view is not None:
+            where[rows[i].patient_id].append(i)
+    upside_down = [one for one in where if _are_upside_down(readings, where[one])]
+    for patient in upside_down:
+        reasons = dict.fromkeys(where[patient], "the spine is above")
+        found["upside down"].add_by_patient(rows, reasons)
+
     if len(where) < anatomy.TURNED_PATIENTS:
         return (
-            f"not checked: flips and rotations ({len(where)} patients with lungs, at least "
-            f"{anatomy.TURNED_PATIENTS} are needed)"
+            f"not checked: slices that are mirrored left-right or lie on their side ({len(where)} "
+            f"patients with lungs, at least {anatomy.TURNED_PATIENTS} are needed)"
         )
-    views = np.stack([readings[i].view for i in usable])
-    turned = anatomy.find_turned(views, [rows[i].patient_id for i in usable])
+    turned = _find_turned(readings, where, upside_down)
     if turned is None:
         found["orientations mixed"].add(f"{len(where)} patients")
         return None
     slices = sum(patient.slices for patient in turned)
-    many = slices >= 5 and slices > MANY * len(usable)
+    many = slices >= 5 and slices > MANY * sum(map(len, where.values()))
     for patient, how, margin, count, agreeing in turned:
-        clear = count >= 3 and agreeing >= 0.75 and margin > 0.6
-        for i in where[patient]:
-            reason = f"patient {patient}: {how}"
-            found["turned" if clear or many else "turned?"].add(rows[i].image, reason, i)
+        clear = many or (count >= 3 and agreeing >= 0.75 and margin > 0.6)
+        after = " once its spine is below" if patient in upside_down else ""
+        reasons = dict.fromkeys(where[patient], how + after)
+        found["turned" if clear else "turned?"].add_by_patient(rows, reasons)
     return None
+
+
+def _are_upside_down(readings: Sequence[SliceReading], rows: Sequence[int]) -> bool:
+    """Whether a patient's slices are upside down for certain."""
+    asked = spine.telling(np.array([readings[i].lungs.mean() for i in rows]))
+    scores = [readings[rows[k]].uprightness for k in asked]
+    return spine.are_upside_down([score for score in scores if score is not None])
+
+
+def _find_turned(
+    readings: Sequence[SliceReading], where: dict[str, list[int]], upside_down: Sequence[str]
+) -> list[anatomy.TurnedPatient] | None:
+    """`anatomy.find_turned`, once what is upside down is turned by 180 degrees."""
+    views, patients = [], []
+    for patient, members in where.items():
+        step = -1 if patient in upside_down else 1
+        views += [readings[i].view[::step, ::step] for i in members]
+        patients += [patient] * len(members)
+    return anatomy.find_turned(np.stack(views), patients)
 
 
 def check_copies(found: Findings, rows: Sequence[Row], readings: Sequence[SliceReading]) -> None:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fibldm import anatomy, ct, findings, likeness, limits, panels
+from fibldm import anatomy, ct, findings, likeness, limits, panels, spine
+from fibldm.fields import Field, find_field
 from fibldm.findings import Finding, Findings, SliceReading
 from fibldm.tables import SPLITS, Row, Split, parse_table
 
@@ -74,23 +75,31 @@ class SliceReader:
                 sizes = f"{hu.shape}, but its contour has {marked.shape[1:]} pixels"
                 errors["sizes differ"] = sizes
 
-        problem = anatomy.hu_problem(hu)
-        small, filled, lungs = anatomy.to_grid(hu, contour)
+        # A surround that passes for tissue is a problem of its own: the rest is judged without.
+        field, inside, within, marked = find_field(hu), hu, hu, contour
+        if field is not None:
+            inside, within = field.inside(hu), field.cut(hu)
+            marked = np.stack([field.cut(channel, False) for channel in contour])
+        problem = anatomy.hu_problem(inside)
+        small, filled, lungs = anatomy.to_grid(within, marked)
+        shows_lungs = bool(lungs.any()) and not problem
         return SliceReading(
             errors=errors,
             shape=hu.shape,
             digest=hashlib.sha256(np.ascontiguousarray(hu).tobytes()).digest(),
             is_8bit=self.rescale is None and not guessed and _is_8bit(self.root / row.image),
             hu_problem=problem,
-            contour_problem=anatomy.contour_problem(contour, small, filled, lungs, not problem),
+            frame=_frame(hu, field),
+            contour_problem=anatomy.contour_problem(marked, small, filled, lungs, not problem),
             style=ct.contour_style(contour),
             thumbnail=likeness.thumbnails(ct.hu_to_unit(hu, self.window)).astype(np.float16),
-            view=anatomy.lung_view(small, lungs) if lungs.any() and not problem else None,
+            view=anatomy.lung_view(small, lungs) if shows_lungs else None,
+            uprightness=spine.uprightness(small, lungs) if shows_lungs else None,
             contour=ct.fit_square(filled, MASK, 0) >= 0.5,
             lungs=ct.fit_square(lungs, MASK, 0) >= 0.5,
             fit=anatomy.dice(filled, lungs),
-            top=float(hu.max()),
-            top_count=int((hu == hu.max()).sum()),
+            top=float(inside.max()),
+            top_count=int((inside == inside.max()).sum()),
         )
 
     def _reason(self, error: ValueError) -> str:
@@ -112,6 +121,15 @@ class SliceReader:
         if contour.shape[1:] != hu.shape:
             return panels.grey(unit)[0]
         return panels.overlay(unit, ct.fit_contour(contour, side)[None])[0]
+
+
+def _frame(hu: np.ndarray, field: Field | None) -> str | None:
+    """What a slice with a surround is said to be."""
+    if field is None:
+        return None
+    whole, part = hu.shape, [side.stop - side.start for side in field.box]
+    sizes = f"a field of view of {part[0]}x{part[1]} in {whole[0]}x{whole[1]} pixels"
+    return f"{sizes}, {field.value:g} HU around it"
 
 
 def _is_8bit(path: Path) -> bool:
@@ -141,7 +159,7 @@ def check_slices(
     findings.check_files(found, rows, readings)
     findings.check_values(found, rows, readings, rescale)
     findings.check_contours(found, rows, readings)
-    unchecked = findings.check_turned(found, rows, readings)
+    unchecked = findings.check_orientations(found, rows, readings)
     findings.check_copies(found, rows, readings)
     return [unchecked] if unchecked else []
 

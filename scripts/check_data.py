@@ -62,7 +62,7 @@ def print_counts(inspection: Inspection) -> None:
 
 def print_findings(findings: list[Finding], shown: int | None) -> None:
     """A table: each kind of problem with its meaning, and below it where it is."""
-    print(f"\n{'severity':<9} {'check':<23} {'rows':>5}  meaning")
+    print(f"\n{'severity':<9} {'check':<23} {'found':>5}  meaning")
     for finding in findings:
         rows = len(finding.lines)
         first, *more = textwrap.wrap(finding.meaning, WIDTH - 41, break_on_hyphens=False)

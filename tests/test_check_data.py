@@ -24,7 +24,10 @@ def run(capsys, *options: object) -> tuple[int, str]:
 def test_warnings_are_told_with_exit_code_0(phantoms, tmp_path, capsys):
     code, output = run(capsys, phantoms, "--contact_sheet", tmp_path / "sheet.png")
     assert code == 0 and output.startswith("24 slices of 12 patients, 0 of them with one slice\n")
-    assert "not checked: flips and rotations (12 patients" in output
+    assert (
+        "not checked: slices that are mirrored left-right or lie on their side (12 patients"
+        in output
+    )
     assert "warning   few patients                2  less than 5 patients in a split" in output
     assert f"kinds of errors: 0, of warnings: 1; contact sheet: {tmp_path}/sheet.png" in output
     assert Image.open(tmp_path / "sheet.png").width > 8 * 200

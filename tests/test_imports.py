@@ -78,8 +78,11 @@ MAY_IMPORT = {
     "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},
     "likeness": {"ct"},
-    "findings": {"anatomy", "ct", "likeness", "tables"},
-    "inspection": {"anatomy", "ct", "findings", "likeness", "limits", "panels", "tables"},
+    "findings": {"anatomy", "ct", "likeness", "spine", "tables"},
+    "inspection": {
+        *("anatomy", "ct", "fields", "findings", "likeness", "limits", "panels", "spine"),
+        "tables",
+    },
     "metrics": {"disk", "features"},
     "features": {"disk"},
     "weights": {"features"},

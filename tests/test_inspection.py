@@ -82,7 +82,7 @@ def test_clean_data_pass(clean):
 def test_small_data_pass_and_say_what_was_not_checked(phantoms):
     inspection = inspect(phantoms)
     (note,) = inspection.notes
-    assert note.startswith("not checked: flips and rotations (12 patients")
+    assert "not checked: slices that are mirrored left-right" in note and "(12 patients" in note
     assert [finding.check for finding in inspection.findings] == ["few patients"]
 
 
@@ -101,7 +101,12 @@ def test_eight_bits_without_a_scale_pass_with_a_note(data):
 
 
 def test_real_ct_passes(ct_folder):
+    """But for three slices of the 200 that really are upside down."""
     found = flagged(ct_folder / "lungs")
+    upside_down = found.pop("error upside down")
+    assert [line.split(":")[0] for line in upside_down] == [
+        *("patient ID_0045", "patient ID_0200", "patient ID_0214")
+    ]
     assert found.keys() <= {"warning contour fits badly", "warning turned?"}
     badly = " ".join(found["warning contour fits badly"])
     assert all(name in badly for name in ("ID_0079", "ID_0134", "ID_0254"))
@@ -324,22 +329,31 @@ def turn_patient(folder: Path, patient: str, turn) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("names", "said"),
     [
-        ("mirrored left-right", "turned by 90 degrees"),
-        ("mirrored top-bottom", "turned by -90 degrees"),
+        (("mirrored left-right", "turned by 90 degrees"),) * 2,
+        (
+            ("mirrored top-bottom", "turned by -90 degrees"),
+            ("mirrored left-right once its spine is below", "turned by -90 degrees"),
+        ),
     ],
 )
-def test_turned_patients_are_named_and_how(names, data):
+def test_turned_patients_are_named_and_how(names, said, data):
     patients = ("P0011", "P0018")
-    images = [
+    for patient, name in zip(patients, names, strict=True):
         turn_patient(data, patient, anatomy.SYMMETRIES[name])
-        for patient, name in zip(patients, names, strict=True)
-    ]
     lines = flagged(data)["error turned"]
-    for patient, name, three in zip(patients, names, images, strict=True):
-        assert all(f"{image}: patient {patient}: {name}" in lines for image in three)
-    assert len(lines) == 6
+    for patient, how, line in zip(patients, said, lines, strict=True):
+        first = next(row for row in read_rows(data) if row["patient_id"] == patient)["image"]
+        assert line == f"patient {patient}: {how} ({first} and 2 more)"
+
+
+def test_a_minority_with_its_spine_below_is_not_what_is_wrong(data):
+    for number in range(PATIENTS - 2):
+        turn_patient(data, f"P{number:04d}", anatomy.SYMMETRIES["turned by 180 degrees"])
+    (finding,) = inspect(data).findings
+    assert finding.check == "upside down" and len(finding.lines) == PATIENTS - 2
+    assert len(finding.rows) == SLICES * (PATIENTS - 2)
 
 
 CHANGES = [
@@ -370,7 +384,7 @@ def test_copies_under_two_patients(across, data):
 
 def test_orientations_without_a_majority_are_an_error(data):
     for number in range(0, PATIENTS, 2):
-        turn_patient(data, f"P{number:04d}", anatomy.SYMMETRIES["mirrored top-bottom"])
+        turn_patient(data, f"P{number:04d}", anatomy.SYMMETRIES["mirrored left-right"])
     assert list(flagged(data)) == ["error orientations mixed"]
 
 

@@ -1,20 +1,24 @@
 """Series whose header says what their pixels do not: a frame for tissue, the spine above."""
 
+import re
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 from scans import LEVELS, SIZE, ct_datasets, lungs, nifti, scan, write_dicom
 
 from fibldm import ct, spine, volumes
 from fibldm.fields import find_field
+from fibldm.inspection import inspect
 from fibldm.lungs import lung_mask
 from fibldm.phantom import phantom_slice
 from fibldm.preparation import prepare
 from fibldm.scans import read_series
 from fibldm.series import Options, find_series
 from fibldm.slices import Settings
+from fibldm.tables import write_csv
 
 OLD = Path("nowhere")
 SETTINGS = Settings(image_size=SIZE)
@@ -263,3 +267,115 @@ def test_real_series_are_told_also_five_slices_of_them(ct_folder):
             for window in (used[i : i + 5] for i in range(len(used) - 4))
         ]
         assert np.mean(caught) > 0.95
+
+
+# Data sets that hold such slices already.
+
+
+def write_table(folder: Path, patients: dict[str, np.ndarray], masks: dict[str, np.ndarray]):
+    """A data set of these patients' slices (N, H, W) in HU and contours; 16 bits."""
+    rows = []
+    for patient, volume in patients.items():
+        for i, (hu, mask) in enumerate(zip(volume, masks[patient], strict=True)):
+            image, contour = (f"{part}/{patient}_{i:02d}.png" for part in ("images", "contours"))
+            for name, pixels in (
+                (image, np.uint16(np.clip(np.round(hu) + 1024, 0, 65535))),
+                (contour, np.uint8(mask) * 255),
+            ):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / name)
+            rows.append({"image": image, "contour": contour, "patient_id": patient})
+    write_csv(folder / "label.csv", rows, list(rows[0]))
+    (folder / "dataset.json").write_text('{"rescale_slope": 1, "rescale_intercept": -1024}')
+
+
+def found_in(folder: Path) -> dict[str, list[str]]:
+    """Where what concerns the slices themselves is."""
+    ignored = ("few patients", "empty split", "not square", "sizes")
+    return {f.check: f.lines for f in inspect(folder).findings if f.check not in ignored}
+
+
+FRAMES = [(0, 23, 36), (300, 0, 73), (-200, 47, 0), (3000, 23, 36)]
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize(("value", "top", "left"), FRAMES)
+@pytest.mark.parametrize("both", [False, True])
+def test_frames_are_found_in_a_data_set_of_two(tmp_path, resized, value, top, left, both):
+    volumes = {f"P{i}": scan(i).astype(np.float32) for i in range(2)}
+    masks = {f"P{i}": lungs(i).astype(np.float32) for i in range(2)}
+    for patient in ("P0", "P1")[: 2 if both else 1]:
+        volumes[patient] = framed(volumes[patient], value, top, left)
+        masks[patient] = framed(masks[patient], 0, top, left)
+    if resized:
+        volumes = {patient: ct.fit_square(hu, 128, ct.AIR) for patient, hu in volumes.items()}
+        masks = {patient: ct.fit_square(mask, 128, 0) >= 0.5 for patient, mask in masks.items()}
+    write_table(tmp_path / "data", volumes, masks)
+    found = found_in(tmp_path / "data")
+    assert list(found) == ["framed"]
+    patients = [line.split(":")[0] for line in found["framed"]]
+    assert sorted(set(patients)) == ["patient P0", "patient P1"][: 2 if both else 1]
+    assert sum("images/P0_00.png" in line for line in found["framed"]) == 1
+    size = r"(58|59|60)x(58|59|60) in 128x128" if resized else "64x64 in 111x137"
+    assert all(re.search(size, line) for line in found["framed"])
+
+
+def test_a_contour_around_the_body_in_a_frame_is_found_too(tmp_path):
+    volume = framed(scan(), 0, 23, 36)
+    body = framed((scan() > -350).astype(np.uint8), 0, 23, 36)
+    write_table(tmp_path, {"P0": volume}, {"P0": body})
+    found = found_in(tmp_path)
+    assert list(found) == ["framed", "contour misplaced"] and len(found["contour misplaced"]) == 5
+
+
+@pytest.mark.parametrize("turn", [np.s_[:, ::-1], np.s_[:, ::-1, ::-1]])
+@pytest.mark.parametrize("patients", [("P0",), ("P1",), ("P0", "P1")])
+@pytest.mark.parametrize("together", [1, 2])
+def test_slices_upside_down_are_found_in_a_data_set_of_one_or_two(
+    tmp_path, turn, patients, together
+):
+    volumes = {f"P{i}": scan(i) for i in range(2)}
+    masks = {f"P{i}": lungs(i) for i in range(2)}
+    for patient in patients:
+        volumes[patient], masks[patient] = volumes[patient][turn], masks[patient][turn]
+    if together == 1:
+        volumes = {patients[0]: volumes[patients[0]]}
+        patients = patients[:1]
+    write_table(tmp_path, volumes, masks)
+    expected = [f"patient {p}: the spine is above (images/{p}_00.png and 4 more)" for p in patients]
+    assert found_in(tmp_path) == {"upside down": expected}
+
+
+def test_preparing_a_data_set_again_corrects_what_was_found(tmp_path):
+    volumes = {"framed": framed(scan(), 0, 23, 36), "turned": scan(1)[:, ::-1, ::-1]}
+    masks = {name: lungs(i).astype(np.uint8) for i, name in enumerate(volumes)}
+    masks["framed"] = framed(masks["framed"], 0, 23, 36)
+    masks["turned"] = masks["turned"][:, ::-1, ::-1]
+    write_table(tmp_path / "in", volumes, masks)
+    assert list(found_in(tmp_path / "in")) == ["framed", "upside down"]
+    done = prepare([tmp_path / "in"], tmp_path / "out", SETTINGS, ARRAYS)
+    assert found_in(tmp_path / "out") == {}
+    slices = {
+        ct.read_hu(tmp_path / "out" / row["image"], (1.0, -1024.0)).tobytes() for row in done.rows
+    }
+    assert slices == {hu.astype(np.float32).tobytes() for hu in (*scan(), *scan(1))}
+
+
+def test_real_slices_are_found_in_a_data_set_of_two(tmp_path, ct_folder):
+    paths = sorted((ct_folder / "osic_421" / "images").glob("*.png"))[2::8]
+    hu = np.stack([ct.read_hu(path, (1.0, -1024.0)) for path in paths])
+    contours = np.stack(
+        [ct.read_contour(path.parents[1] / "contours" / path.name)[0] for path in paths]
+    )
+    picture = np.zeros((len(hu), 550, 444), np.float32)
+    picture[:, 147:403, 94:350] = hu
+    framed_masks = np.zeros(picture.shape)
+    framed_masks[:, 147:403, 94:350] = contours
+    shrunk, small = ct.fit_square(picture, 256, ct.AIR), ct.fit_square(framed_masks, 256, 0) >= 0.5
+    turn = np.s_[:, ::-1, ::-1]
+    write_table(tmp_path, {"A": shrunk, "B": hu[turn]}, {"A": small, "B": contours[turn]})
+    found = found_in(tmp_path)
+    assert found.keys() >= {"framed", "upside down"}
+    assert all(line.startswith("patient A: a field of view") for line in found["framed"])
+    (line,) = found["upside down"]
+    assert line.startswith("patient B: the spine is above")
