@@ -10,6 +10,8 @@ import numpy as np
 from scipy import ndimage as ndi
 from skimage.segmentation import watershed
 
+from fibldm.ribs import close, outside_of_ribs
+
 WORK_SIDE = 256  # larger slices are reduced: the outline of a lung is smooth at this scale
 
 # Thresholds in HU.
@@ -129,6 +131,7 @@ class _Pieces:
     typical: float  # HU of lung: of the largest piece's inside
     lung: np.ndarray  # (pieces + 1,) bool
     barred: np.ndarray  # (pieces + 1,) bool, no lung, near as it may be
+    outside: np.ndarray  # (pieces + 1,) bool, outside of the ribs
 
     def __post_init__(self):
         self.size = 2 * np.sqrt(self.area / np.pi)  # the body's equivalent diameter in pixels
@@ -140,8 +143,8 @@ class _Pieces:
         """Choose the pieces that are lung as far as this slice alone can tell."""
         dark = (self.level < GAS) | ((self.level < AIRY) & (self.level < typical - DARKER))
         dark = (dark & (self.sizes <= LARGE)) | (self.level < ROOM)
-        self.lung = (self.sizes > SMALLEST) & ~dark
-        self.barred = (self.sizes > SMALLEST / 3) & dark
+        self.lung = (self.sizes > SMALLEST) & ~dark & ~self.outside
+        self.barred = (self.sizes > SMALLEST / 3) & dark | self.outside
 
 
 def _find_pieces(image: np.ndarray) -> _Pieces | None:
@@ -168,7 +171,9 @@ def _find_pieces(image: np.ndarray) -> _Pieces | None:
             if sizes[label] > LUNG:  # a lung's base may be half a bulla: its core is not all
                 level[label] = np.median(image[box][here]) - shift
     no, typical = np.zeros(count + 1, bool), float(cores[np.argmax(sizes)])
-    found = _Pieces(image, body, area, labels, sizes, level, darkest, typical, no, no)
+    found = _Pieces(image, body, area, labels, sizes, level, darkest, typical, no, no, no)
+    found.judge(typical)
+    found.outside = outside_of_ribs(labels, found.lung, smooth, body)
     found.judge(typical)
     return found
 
@@ -239,8 +244,8 @@ def _outline(found: _Pieces) -> np.ndarray:
     grown = []
     for side in sides:
         where = _box(side, reach)
-        closed = side[where] | (_close(side[where], WIDE * size) & local[where])
-        closed = _fill_small(_close(closed, NARROW * size), HOLE * found.area)
+        closed = side[where] | (close(side[where], WIDE * size) & local[where])
+        closed = _fill_small(close(closed, NARROW * size), HOLE * found.area)
         grown.append(np.zeros_like(side))
         grown[-1][where] = closed
     both = grown[0]
@@ -359,6 +364,7 @@ def _agree(found: list[_Pieces | None], masks: np.ndarray) -> None:
             used, safe = (np.bincount(flat, m[z].ravel(), least) > 0 for m in (masks, kept))
             lung = pieces.lung & safe
             lung |= (pieces.sizes > SLIVER) & (pieces.darkest > GAS) & (continued > 0.5)
+            lung &= ~pieces.outside
             lung[0] = False
             barred = (pieces.barred | ((continued == 0) & beside.any())) & ~lung
             barred[0] = False
@@ -387,12 +393,3 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return mask & (labels == sizes.argmax())
-
-
-def _close(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Closing by a disk of `radius` pixels; by distances, so its cost does not grow with it."""
-    margin = int(radius) + 2
-    padded = np.pad(mask, margin)
-    dilated = ndi.distance_transform_edt(~padded) <= radius
-    closed = ndi.distance_transform_edt(dilated) > radius
-    return closed[margin:-margin, margin:-margin] | mask

@@ -25,6 +25,7 @@ DATA = {
         "patients",
         "fields",
         "spine",
+        "ribs",
     ),
     *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
     *("limits", "disk"),
@@ -74,7 +75,8 @@ MAY_IMPORT = {
     "preparation": {
         *("disk", "files", "headers", "patients", "series", "slices", "tables", "volumes"),
     },
-    "lungs": set(),
+    "ribs": set(),
+    "lungs": {"ribs"},
     "phantom": {"ct", "tables"},
     "anatomy": {"ct", "lungs"},
     "likeness": {"ct"},
