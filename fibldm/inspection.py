@@ -76,10 +76,8 @@ class SliceReader:
                 errors["sizes differ"] = sizes
 
         # A surround that passes for tissue is a problem of its own: the rest is judged without.
-        field, inside, within, marked = find_field(hu), hu, hu, contour
-        if field is not None:
-            inside, within = field.inside(hu), field.cut(hu)
-            marked = np.stack([field.cut(channel, False) for channel in contour])
+        field = find_field(hu)
+        inside, within, marked = _without_surround(hu, contour, field)
         problem = anatomy.hu_problem(inside)
         small, filled, lungs = anatomy.to_grid(within, marked)
         shows_lungs = bool(lungs.any()) and not problem
@@ -121,6 +119,16 @@ class SliceReader:
         if contour.shape[1:] != hu.shape:
             return panels.grey(unit)[0]
         return panels.overlay(unit, ct.fit_contour(contour, side)[None])[0]
+
+
+def _without_surround(
+    hu: np.ndarray, contour: np.ndarray, field: Field | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The HU within the field of view, of any shape; slice and contour with air around it."""
+    if field is None:
+        return hu, hu, contour
+    marked = np.stack([field.cut(channel, False) for channel in contour])
+    return field.inside(hu), field.cut(hu), marked
 
 
 def _frame(hu: np.ndarray, field: Field | None) -> str | None:

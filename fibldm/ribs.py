@@ -56,12 +56,8 @@ def outside_of_ribs(
     outwards &= length < REACH * size
     counts = np.maximum(1, np.bincount(piece, minlength=len(lung)))
 
-    # Nearer to the skin than any lung. Where the field of view cuts a body there is no skin.
-    skin = cKDTree(np.argwhere(rim_of_body & (hu > TISSUE)))
-    least = np.quantile(skin.query(rim)[0], OUTER)
-    depth = skin.query(pixels)[0]
-    shallow = _quantiles(depth, pieces, len(lung), OUTER) < WALL * least
-    shallow |= _quantiles(depth, pieces, len(lung), 0.5) < MIDDLE * least
+    # Nearer to the skin than any lung.
+    shallow = _shallow(pixels, pieces, rim, np.argwhere(rim_of_body & (hu > TISSUE)), len(lung))
     shallow &= np.bincount(piece, outwards, len(lung)) > 0.5 * counts
 
     # Bone on the way to the lungs, or to the middle. Ribs run obliquely: a slice has parts of them.
@@ -70,6 +66,22 @@ def outside_of_ribs(
     crossed = outwards & (_cross(cage, start, end) | _cross(cage, start, inwards))
     behind = np.bincount(piece, crossed, len(lung)) > BEHIND * counts
     return behind | (shallow & ~cut)
+
+
+def _shallow(
+    pixels: np.ndarray, pieces: np.ndarray, rim: np.ndarray, skin: np.ndarray, count: int
+) -> np.ndarray:
+    """(count,) bool: pieces nearer to the skin than lungs with this rim; all (N, 2) pixels.
+
+    Where the field of view cuts a body there is no skin.
+    """
+    if not len(skin):
+        return np.zeros(count, bool)
+    tree = cKDTree(skin)
+    least = np.quantile(tree.query(rim)[0], OUTER)
+    depth = tree.query(pixels)[0]
+    outer, middle = (_quantiles(depth, pieces, count, part) for part in (OUTER, 0.5))
+    return (outer < WALL * least) | (middle < MIDDLE * least)
 
 
 def _cross(mask: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
