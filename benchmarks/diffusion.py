@@ -611,11 +611,10 @@ def measure_samples(args: argparse.Namespace) -> None:
         seconds = clock(args) - start
         seen = inception_features(inception, torch.from_numpy(slices)[:, None], device)
         kid, fid = (
-            set_score(name, real_seen, seen, patients, names, device, "", draws=200)
-            for name in ("kid", "fid")
+            set_score(name, real_seen, seen, patients, names, device, "") for name in ("kid", "fid")
         )
         latent = set_score(
-            "fid", pooled(data.latents[held]), pooled(latents), patients, names, device, "", 200
+            "fid", pooled(data.latents[held]), pooled(latents), patients, names, device, ""
         )
         agreement = dice(slices, contours, data.window)
         matches = privacy.nearest(None, latents)

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fibldm import ct, export
 from fibldm.evaluation import evaluate
-from fibldm.metrics import Score
 from fibldm.phantom import phantom_slice
 from fibldm.report import write_report
 from fibldm.synthesis import Synthesizer
 from fibldm.tables import Row, Split, parse_table, write_csv
+from fibldm.verdicts import Score
 
 PARTS = (("test", 0.4), ("train", 0.3), ("val", 0.3))  # "val" stand for samples
 SHOWN = (

@@ -8,7 +8,6 @@ report.write_report(evaluation, "report")
 import contextlib
 import platform
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -37,15 +36,16 @@ from fibldm.measurement import (
     read_inputs,
     spread,
 )
-from fibldm.metrics import Score, Verdict, control_scores, judge, number, realism_scores, worst
+from fibldm.metrics import control_scores, realism_scores
 from fibldm.panels import beside, grey, overlay
-from fibldm.privacy import FALSE, FOUND, Match, Privacy
+from fibldm.privacy import FALSE, FOUND, HELDOUT_SHARE, Match, Privacy
 from fibldm.synthesis import Synthesizer
 from fibldm.tables import Split
+from fibldm.verdicts import Score, Verdict, judge, more_than, number
 
 SHOWN = 12  # samples, and closest pairs, whose pictures are kept
 SEARCHED = 4 * BATCH  # samples at a time whose nearest training slices are looked for
-IMPLAUSIBLE = 0.05  # share of samples with implausible lungs: more is bad
+IMPLAUSIBLE = 0.05  # share of samples with implausible lungs: clearly more is bad
 LISTED = 30  # implausible samples in the notes; metrics.json has all
 NEAR = 0.5  # of the threshold: a sample as near as that is looked at, however few there are
 
@@ -132,7 +132,7 @@ def evaluate(
     the data set that the models were trained on, without which copies are not looked for; model: a
     Synthesizer, whose VAE also looks for copies in latents; window: HU, the model's or -1000 to 400
     by default; patient_split: of patients whom label.csv gives no split, the model's by default;
-    draws: bootstrap resamples of each interval; seed: of resamples and halves; workers: processes
+    draws: bootstrap resamples for privacy; seed: of resamples and halves; workers: processes
     that read slices, 0: this one; device: of the metrics' networks; scratch: a folder on a disk
     with room, for about 270 KB a slice of 256x256; say: is told each note before the long part.
 
@@ -155,11 +155,11 @@ def evaluate(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".evaluate_") as folder:
         measure = partial(SliceSet, size=inputs.samples.size, networks=networks)
         real_set = measure(inputs.patients, inputs.real_labels, folder=Path(folder, "real"))
-        fake_set = measure(inputs.names, inputs.labels, folder=Path(folder, "samples"))
+        fake_set = measure(inputs.asked_of, inputs.labels, folder=Path(folder, "samples"))
         pictures = measure_slices(inputs, real_set, fake_set, workers)
-        groups = {"Realism": realism_group(real_set, fake_set, draws, seed)}
-        groups["Control"] = control_group(real_set, fake_set, draws, seed)
-        groups |= disease_groups(real_set, fake_set, draws, seed)
+        groups = {"Realism": realism_group(real_set, fake_set, seed)}
+        groups["Control"] = control_group(real_set, fake_set)
+        groups |= disease_groups(real_set, fake_set, inputs.names)
         if inputs.no_copies:
             reason, matches, closest = inputs.no_copies, [None] * len(inputs.names), []
             groups["Privacy"] = Group(verdict=Verdict("not judged", reason), notes=[reason])
@@ -170,7 +170,7 @@ def evaluate(
             closest = search.closest(fake_set.images, matches, inputs.names)
     results = zip(inputs.names, inputs.labels, fake_set.numbers, matches, strict=True)
     facts = {
-        **inputs.facts, "Intervals": f"{draws} bootstrap resamples, seed {seed}",
+        **inputs.facts, "Intervals": f"by patients; privacy: {draws} resamples, seed {seed}",
         "Computed by": versions(), "Date": date.today().isoformat(),
     }  # fmt: skip
     return Evaluation(
@@ -238,55 +238,41 @@ def draw(one: MeasuredSlice) -> np.ndarray:
     return beside(columns)
 
 
-def realism_group(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> Group:
+def realism_group(real: SliceSet, fake: SliceSet, seed: int) -> Group:
     """KID, precision and recall judge; the others are shown."""
     networks = real.networks
-    scores = realism_scores(real.image_set, fake.image_set, fake.pairs, networks, draws, seed)
-    by_name = {score.name: score for score in scores}
-    ways = (("kid", False, True), ("precision", True, False), ("recall", True, False))
-    verdicts = [judge(by_name[name], *how) for name, *how in ways if name in by_name]
+    scores = realism_scores(real.image_set, fake.image_set, fake.pairs, networks, seed)
     missing = "the weights of Inception are missing (fetch_metric_weights.py)"
-    verdict = worst(verdicts) if verdicts else Verdict("not judged", missing)
+    judged = [score for score in scores if score.margin]
+    verdict = Verdict("not judged", missing) if networks.inception is None else judge(judged)
     return Group(scores, verdict, left_out(networks))
 
 
-def control_group(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> Group:
+def control_group(real: SliceSet, fake: SliceSet) -> Group:
     """The Dice of the lungs and the contour asked for judges."""
     known, count = len(fake.agreement.owners), len(fake.owners)
     notes = [f"{count - known} of {count} samples have no contour that is known."]
     if not known:
         return Group((), Verdict("not judged", "no contours are known"), notes)
-    scores = control_scores(fake.agreement, real.agreement, draws, seed)
-    dice = next(score for score in scores if score.name == "dice")
-    return Group(scores, judge(dice, higher_is_better=True), notes if known < count else ())
+    scores = control_scores(fake.agreement, real.agreement)
+    judged = [score for score in scores if score.margin]
+    return Group(scores, judge(judged), notes if known < count else ())
 
 
-def disease_groups(real: SliceSet, fake: SliceSet, draws: int, seed: int) -> dict[str, Group]:
+def disease_groups(real: SliceSet, fake: SliceSet, names: Sequence[str]) -> dict[str, Group]:
     """All slices, then each label that both have; the notes list samples with implausible lungs."""
-    sides = real.measures, real.owners, fake.measures, fake.owners
-    scores = disease.compare(*sides, draws, seed)
+    scores = disease.compare(real.measures, real.owners, fake.measures, fake.owners)
     by_label, notes = disease.compare_by_label(
-        *(real.measures, real.owners, real.labels, fake.measures, fake.owners, fake.labels),
-        *(draws, seed),
+        *(real.measures, real.owners, real.labels, fake.measures, fake.owners, fake.labels)
     )
-    whose = zip(fake.owners, fake.numbers, strict=True)
+    whose = zip(names, fake.numbers, strict=True)
     listed = [f"{name}: {found.implausible}" for name, found in whose if found.implausible]
-    strange = f"{len(listed)} of {len(fake.owners)} samples have implausible lungs"
+    strange = f"{len(listed)} of {len(names)} samples have implausible lungs"
     lines = [f"{strange}{':' if listed else '.'}", *listed[:LISTED]]
     lines += [f"... and {len(listed) - LISTED} more (metrics.json)"] * (len(listed) > LISTED)
-    judged = [(score, judge(score)) for score in scores]
-    judged = [(score, verdict) for score, verdict in judged if verdict.word != "not judged"]
-    verdict = Verdict("not judged", strange)
-    if judged:
-        words = Counter(verdict.word for _, verdict in judged)
-        counts = ", ".join(f"{words[word]} {word}" for word in ("good", "doubtful", "bad"))
-        far = max((score for score, _ in judged), key=lambda score: score.value / score.baseline)
-        many = len(listed) / len(fake.owners) > IMPLAUSIBLE
-        verdict = Verdict(
-            "bad" if many else worst([verdict for _, verdict in judged]).word,
-            f"of {len(judged)} quantities {counts}; farthest: {far.name} {number(far.value)}, "
-            f"baseline {number(far.baseline)}; {strange}",
-        )
+    verdict = judge(scores)
+    many = more_than(IMPLAUSIBLE, len(listed), len(names))
+    verdict = Verdict("bad" if many else verdict.word, f"{verdict.sentence}; {strange}")
     groups = {"Disease": Group(scores, verdict, [*lines, *(notes if by_label else ())])}
     return groups | {f"Disease: {label}": Group(found) for label, found in by_label.items()}
 
@@ -357,7 +343,7 @@ def nearest_of(
 def privacy_group(
     search: CopySearch, matches: list[Match], names: list[str], draws: int, seed: int
 ) -> Group:
-    """Shares of copies, and the controls: bad where more are flagged than chance flags."""
+    """Shares of copies, and the controls: bad where clearly more are flagged than chance flags."""
     privacy, model = search.privacy, search.model
     coders = (None, None) if model is None else (model.encode, model.decode)
     shares = privacy.scores(matches, names, draws, seed)
@@ -378,7 +364,9 @@ def privacy_group(
         said.append("too many held-out slices are flagged")
     if caution := privacy.caution():
         said.append(caution.partition(";")[0])
-    word = "bad" if share > FALSE else "doubtful" if len(said) > 1 else "good"
+    many = more_than(HELDOUT_SHARE, flagged, len(matches))
+    doubt = share > FALSE or len(said) > 1
+    word = "bad" if many else "doubtful" if doubt else "good"
     notes = [
         "The pictures of closest pairs show training patients. Training slices are numbered from 0 "
         "as the train rows of label.csv stand; they are not named."

@@ -1,17 +1,15 @@
-"""How far apart slices are: pairs of them, and sets by what frozen networks see in them.
+"""How far apart two slices are, and what frozen networks see in slices.
 
 Nothing here downloads: weights are files that scripts/fetch_metric_weights.py makes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from fibldm.disk import StoredRows
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET = "alexnet-owt-7be5be79.pth"
@@ -272,156 +270,3 @@ class Networks:
             if self.lpips is not None:
                 found["lpips"] += self.lpips(a, b).tolist()
         return {name: np.array(values) for name, values in found.items()}
-
-
-# Distances of sets of features. A set is an array (N, D), in memory or on disk, read block by block
-# in float64. `counts` (B, N) says how often each row is in each of B bootstrap resamples.
-
-BLOCK = 1024
-Features = Tensor | np.ndarray | StoredRows
-
-
-def blocks(features: Features, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive rows of a set, and which they are."""
-    for start in range(0, len(features), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(features)))
-        block = features[rows]
-        if isinstance(block, np.ndarray):
-            block = torch.from_numpy(block.astype(np.float64))
-        yield rows, block.to(device, torch.float64)
-
-
-def moments(
-    features: Features, counts: Tensor, device: torch.device
-) -> tuple[Tensor, Callable[[], Iterator[Tensor]]]:
-    """Mean (D,) of a weighted set, and its centred rows X in blocks, scaled so that cov = X^T X.
-
-    counts: (N,), how often each row is in the set; those in it 0 times are left out.
-    """
-    counts = counts.to(device, torch.float64)
-    total = counts.sum()
-    mean = sum(counts[rows] @ block for rows, block in blocks(features, device)) / total
-
-    def centred() -> Iterator[Tensor]:
-        for rows, block in blocks(features, device):
-            kept = counts[rows] > 0
-            scale = (counts[rows][kept] / (total - 1)).sqrt()
-            yield (block[kept] - mean) * scale[:, None]
-
-    return mean, centred
-
-
-def frechet_feature_distance(
-    x: Features,
-    y: Features,
-    x_counts: Tensor | None = None,
-    y_counts: Tensor | None = None,
-    device: torch.device | None = None,
-) -> float:
-    """Squared 2-Wasserstein distance of the Gaussians fitted to features x (N, D), y (M, D).
-
-    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) (Dowson & Landau 1982); N and M >= 2.
-    With cov1 = A^T A of the smaller set, tr (cov1 cov2)^(1/2) is the sum of the square roots of
-    the eigenvalues of A cov2 A^T: N x N instead of D x D, and exact where covariances are singular.
-    counts: (N,) and (M,), how often each row counts; once if not given.
-    """
-    device = device or (x.device if isinstance(x, Tensor) else torch.device("cpu"))
-    counts = [torch.ones(len(s)) if c is None else c for s, c in ((x, x_counts), (y, y_counts))]
-    sets = sorted([(x, counts[0]), (y, counts[1])], key=lambda pair: len(pair[0]))
-    (mean1, rows1), (mean2, rows2) = (moments(s, c, device) for s, c in sets)
-    if len(sets[0][0]) > len(mean1):
-        values, vectors = torch.linalg.eigh(sum(block.T @ block for block in rows1()))
-        factor = (vectors * values.clamp(min=0).sqrt()).T
-    else:
-        factor = torch.cat(list(rows1()))
-    distance = (mean1 - mean2).square().sum() + factor.square().sum()
-    product = factor.new_zeros(len(factor), len(factor))
-    for block in rows2():
-        distance = distance + block.square().sum()
-        cross = factor @ block.T
-        product += cross @ cross.T
-    roots = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
-    return max(0.0, float(distance - 2 * roots))
-
-
-def frechet_distances(
-    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
-) -> np.ndarray:
-    """FID of each resample, (B,)."""
-    pairs = zip(real_counts, fake_counts, strict=True)
-    return np.array([frechet_feature_distance(real, fake, a, b, device) for a, b in pairs])
-
-
-def kernel_distances(
-    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
-) -> np.ndarray:
-    """KID of each resample, (B,): the unbiased estimate over all pairs of images, not of subsets.
-
-    Pairs of an image with itself, or with its copies in a resample, are left out: a resample has
-    the same expectation.
-    """
-
-    def mean_kernel(x: Features, y: Features, wx: Tensor, wy: Tensor, same: bool) -> Tensor:
-        total = torch.zeros(len(wx), dtype=torch.float64, device=device)
-        for i, a in blocks(x, device):
-            for j, b in blocks(y, device):
-                kernel = (a @ b.T / a.shape[1] + 1) ** 3
-                if same and i == j:
-                    kernel.fill_diagonal_(0)
-                total += (wx[:, i] @ kernel * wy[:, j]).sum(1)
-        left_out = wx.square().sum(1) if same else 0
-        return total / (wx.sum(1) * wy.sum(1) - left_out)
-
-    wr, wf = (c.to(device, torch.float64) for c in (real_counts, fake_counts))
-    within = mean_kernel(real, real, wr, wr, True) + mean_kernel(fake, fake, wf, wf, True)
-    return (within - 2 * mean_kernel(real, fake, wr, wf, False)).cpu().numpy()
-
-
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (M, D) -> (N, M)."""
-    squares = x.square().sum(1)[:, None] + y.square().sum(1)
-    return (squares - 2 * x @ y.T).clamp(min=0)
-
-
-def neighbour_radii(features: Features, device: torch.device) -> Tensor:
-    """Squared distance (N,) of each row to its 3rd nearest other row; N > 3."""
-    radii = []
-    for i, a in blocks(features, device):
-        nearest = torch.full((len(a), 0), torch.inf, dtype=torch.float64, device=device)
-        for j, b in blocks(features, device):
-            found = squared_distances(a, b)
-            if i == j:
-                found.fill_diagonal_(torch.inf)
-            nearest = torch.cat([nearest, found], dim=1)
-            nearest = nearest.topk(min(3, nearest.shape[1]), largest=False).values
-        radii.append(nearest.amax(dim=1))
-    return torch.cat(radii)
-
-
-def precisions(
-    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
-) -> np.ndarray:
-    """Improved precision (Kynkaanniemi et al., arXiv 1904.06991) of each resample, (B,).
-
-    The share of fakes that lie in the ball of a real image, which reaches to its 3rd neighbour.
-    With real and fake exchanged it is the recall. A resample chooses among the balls of the whole
-    set: a neighbour drawn twice would shrink them.
-    """
-    radii = neighbour_radii(real, device)
-    there = (real_counts > 0).to(device, torch.float64)
-    weights = fake_counts.to(device, torch.float64)
-    covered = torch.zeros(len(weights), dtype=torch.float64, device=device)
-    for j, points in blocks(fake, device):
-        hits = torch.zeros(len(weights), len(points), dtype=torch.float64, device=device)
-        for i, centres in blocks(real, device):
-            inside = squared_distances(centres, points) <= radii[i, None]
-            hits += there[:, i] @ inside.double()
-        covered += (weights[:, j] * (hits > 0)).sum(1)
-    return (covered / weights.sum(1)).cpu().numpy()
-
-
-def recalls(
-    real: Features, fake: Features, real_counts: Tensor, fake_counts: Tensor, device: torch.device
-) -> np.ndarray:
-    """Improved recall of each resample, (B,): the share of real images in a fake one's ball."""
-    return precisions(fake, real, fake_counts, real_counts, device)

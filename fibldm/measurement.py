@@ -56,6 +56,15 @@ class Inputs:
         return [item.path.name for item in self.samples.items]
 
     @property
+    def asked_of(self) -> list[str]:
+        """The patient whose contour each sample was asked to follow, or its name: samples that
+        follow contours of one patient are no independent evidence."""
+        return [
+            item.path.name if item.row is None else self.real.rows[item.row].patient_id
+            for item in self.samples.items
+        ]
+
+    @property
     def labels(self) -> list[str]:
         return [item.label for item in self.samples.items]
 

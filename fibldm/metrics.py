@@ -3,9 +3,8 @@
 Each score comes with what it takes to believe it: an interval, a baseline, counts and its source.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,220 +12,107 @@ from scipy import ndimage
 from torch import Tensor
 
 from fibldm.disk import StoredRows
-from fibldm.features import (
+from fibldm.distances import (
     Features,
-    Networks,
-    frechet_distances,
-    kernel_distances,
-    precisions,
-    recalls,
+    among,
+    frechet_distance,
+    frechet_estimate,
+    kernel_estimate,
+    on_device,
+)
+from fibldm.features import Networks
+from fibldm.verdicts import (
+    DICE_MARGIN,
+    KID_MARGIN,
+    SHARE_MARGIN,
+    Score,
+    difference,
+    halves,
+    mean_estimate,
 )
 
-WORDS = ("good", "doubtful", "bad", "not judged")  # of verdicts
-DASH = "\N{EN DASH}"  # for a number that is not there
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row of a table of metrics.
-
-    `low` and `high` are the 95 % bootstrap interval. `baseline` is the real-vs-real baseline: the
-    same metric between two disjoint halves of the real patients. NaN where it can't be had.
-    `source` names what measured it (a network and its weights' hash, an operator); `warning` says
-    why not to trust the number, "" where there is nothing to say.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    baseline: float
-    n_real: int
-    n_fake: int
-    source: str
-    warning: str = ""
-
-    def as_dict(self) -> dict:
-        """Plain values for JSON: NaN, which JSON lacks, as None."""
-        return {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
-
-def number(value: float) -> str:
-    """Four digits, or a dash for a value that is not there."""
-    return f"{value:.4g}" if math.isfinite(value) else DASH
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One of WORDS for a group of metrics, and the sentence that says why."""
-
-    word: str
-    sentence: str
-
-
-def judge(score: Score, higher_is_better: bool = False, squared: bool = False) -> Verdict:
-    """A score against its baseline.
-
-    Good: its interval reaches the baseline. Doubtful: at most twice as far. Bad: farther. How far
-    counts from 0, or from 1 where higher is better (Dice); of a squared distance (FID, KID) its
-    root counts.
-    """
-    shown = f"{score.name} {number(score.value)}"
-    value, baseline, best = score.value, score.baseline, score.low
-    if squared:
-        baseline = max(baseline, 0.0)  # an estimate of 0 may lie below it by chance
-    if not math.isfinite(value + baseline) or (baseline == 0 and not squared):
-        return Verdict("not judged", f"{shown}, no baseline to compare it with")
-    if higher_is_better:
-        value, baseline, best = 1 - value, 1 - baseline, 1 - score.high
-    if math.isnan(best):
-        best = value
-    near = value <= (4 if squared else 2) * baseline
-    word = "good" if best <= baseline else "doubtful" if near else "bad"
-    if math.isfinite(score.low):
-        shown += f" (interval {number(score.low)} to {number(score.high)})"
-    return Verdict(word, f"{shown}, baseline {number(score.baseline)}")
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The worst word of several verdicts, and all their sentences."""
-    words = [verdict.word for verdict in verdicts]
-    word = next(word for word in ("bad", "doubtful", "good", "not judged") if word in words)
-    return Verdict(word, "; ".join(verdict.sentence for verdict in verdicts))
-
-
-def halves(groups: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two disjoint halves of the groups (patients), drawn by `seed`."""
-    names, owner = np.unique(np.asarray(groups, str), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    first = np.isin(owner, order[: len(names) // 2])
-    return np.flatnonzero(first), np.flatnonzero(~first)
-
-
-def resamples(groups: Sequence[str], draws: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Rows of bootstrap resamples: whole groups with replacement.
-
-    Slices of one patient are no independent evidence.
-    """
-    owner = np.unique(np.asarray(groups, str), return_inverse=True)[1]
-    rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
-    generator = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The central 95 % of resampled values, low and high; NaN for fewer than 2 finite ones."""
-    finite = np.asarray(values, float)
-    finite = finite[np.isfinite(finite)]
-    if len(finite) < 2:
-        return float("nan"), float("nan")
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return float(low), float(high)
-
-
-DRAWS = 200  # of the bootstrap
 FEW = 100  # below so many images or pairs a number has the warning
 PAIRS = 200  # at most, for the diversity and for the baselines of what is measured on pairs
 FID_IMAGES = 2048  # with fewer, the covariance of as many features is singular and FID biased up
+FID_HALVINGS = 5  # of the patients: each takes eigenvalues twice
 
-SetMetric = Callable[[Features, Features, Tensor, Tensor, torch.device], np.ndarray]
-SET_METRICS: dict[str, tuple[SetMetric, int, float, float]] = {  # images needed, lowest, highest
-    "fid": (frechet_distances, 2, 0.0, np.inf),
-    "kid": (kernel_distances, 2, -np.inf, np.inf),
-    "precision": (precisions, 4, 0.0, 1.0),
-    "recall": (recalls, 4, 0.0, 1.0),
-}
+SET_METRICS = {"fid": 2, "kid": 2, "precision": 8, "recall": 8}  # images needed of each
 PAIR_METRICS = ("lpips", "ssim", "diversity")
 
 
-def set_distances(
-    real: Features, fake: Features, device: torch.device, names: Sequence[str] = ("fid", "kid")
-) -> dict[str, float]:
-    """Set metrics of features (N, D) and (M, D), without intervals; none of too few images."""
-    enough = [name for name in names if min(len(real), len(fake)) >= SET_METRICS[name][1]]
-    once = torch.ones(1, len(real)), torch.ones(1, len(fake))
-    return {name: float(SET_METRICS[name][0](real, fake, *once, device)[0]) for name in enough}
-
-
-def times_drawn(groups: Sequence[str], draws: int, seed: int) -> Tensor:
-    """(1 + draws, N): once each, then how often bootstrap resamples of the groups have each row."""
-    counts = [np.ones(len(groups))]
-    counts += [np.bincount(r, minlength=len(groups)) for r in resamples(groups, draws, seed)]
-    return torch.from_numpy(np.array(counts, np.float32))
-
-
-def fid_draws(draws: int, smaller: int) -> int:
-    """Fewer draws where both sets are large: eigenvalues cost the third power of the smaller."""
-    return min(draws, max(20, draws * 400 // min(smaller, FID_IMAGES)))
-
-
-def moved_interval(value: float, drawn: np.ndarray) -> np.ndarray:
-    """The 95 % interval of resamples, moved so that their mean is the value.
-
-    Resamples repeat images, by which FID rises and precision and recall fall: their spread says
-    how far the value may be off, their mean does not.
-    """
-    return value + np.array(interval(drawn - drawn.mean() if len(drawn) else drawn))
+def set_distances(real: Features, fake: Features, device: torch.device) -> dict[str, float]:
+    """FID and KID of features (N, D) and (M, D), without intervals; none of too few images."""
+    if min(len(real), len(fake)) < 2:
+        return {}
+    sides = on_device(real, device), on_device(fake, device)
+    owners = [list(map(str, range(len(rows)))) for rows in sides]
+    return {"fid": float(frechet_distance(*sides)), "kid": kernel_estimate(*sides, *owners).value}
 
 
 def set_score(
     name: str, real: Features, fake: Features, patients: Sequence[str], names: Sequence[str],
-    device: torch.device, source: str, draws: int = DRAWS, seed: int = 0,
+    device: torch.device, source: str, seed: int = 0,
 ) -> Score:  # fmt: skip
-    """FID, KID, precision or recall of features (N, D) and (M, D), whose groups are given."""
-    metric, least, lowest, highest = SET_METRICS[name]
-    n, m = len(real), len(fake)
+    """FID, KID, precision or recall of features (N, D) and (M, D), whose owners are given.
+
+    Where a metric depends on the number of images, value and baseline are of equal numbers.
+    """
+    least, n, m = SET_METRICS[name], len(real), len(fake)
     if min(n, m) < least:
         text = f"{n} real images and {m} samples, at least {least} of each are needed"
         return Score(name, *[np.nan] * 4, n, m, source, text)
-    warnings = []
-    if name == "fid" and min(n, m) < FID_IMAGES:
-        warnings.append(f"under {FID_IMAGES:,} images FID is biased up: compare at equal numbers")
-    elif name != "fid" and min(n, m) < FEW:
-        warnings.append(f"under {FEW} images")
-    if len(set(patients)) < 2:
-        draws = 0
-        warnings.append("no interval: the real images are of one patient")
-    elif name == "fid" and fid_draws(draws, min(n, m)) < draws:
-        draws = fid_draws(draws, min(n, m))
-        warnings.append(f"interval from {draws} resamples")
-    resampled = times_drawn(patients, draws, seed), times_drawn(names, draws, seed + 1)
-    value, *drawn = metric(real, fake, *resampled, device)
-    low, high = map(float, moved_interval(value, np.array(drawn)).clip(lowest, highest))
-    baseline, text = set_baseline(name, real, fake, patients, device, seed)
-    warning = "; ".join([*warnings, text])
-    return Score(name, float(value), low, high, baseline, n, m, source, warning)
-
-
-def set_baseline(
-    name: str, real: Features, fake: Features, patients: Sequence[str], device: torch.device,
-    seed: int,
-) -> tuple[float, str]:  # fmt: skip
-    """A set metric between two halves of the real patients, NaN if these are too few; and of how
-    many images, beside what as many samples have: all but KID depend on the number.
-    """
-    first, second = halves(patients, seed)
-    generator = np.random.default_rng(seed)
-    second = np.sort(generator.permutation(second)[: len(fake)])
-    some = np.sort(generator.permutation(len(fake))[: len(second)])
-    half = real[first]
-    found = set_distances(half, real[second], device, [name])
-    if not found:
-        return np.nan, "too few real patients for a baseline"
-    text = f"baseline of {len(first)} against {len(second)} images"
+    sides = on_device(real, device), on_device(fake, device)
+    warnings = [f"under {FEW} images"] if min(n, m) < FEW and name != "fid" else []
+    if min(len(set(patients)), len(set(names))) < 2:
+        warnings.append(
+            "no interval: the real images, or the samples' contours, are of one patient"
+        )
+    if name == "fid":
+        found, judged = frechet_estimate(*sides, patients, names), {}
+        baseline, text = frechet_baseline(*sides, patients, seed)
+        warnings.append(text)
+    elif name == "kid":
+        found, baseline = kernel_estimate(*sides, patients, names), 0.0
+        judged = {"difference": found, "margin": KID_MARGIN}
+    else:
+        owners = (patients, names) if name == "precision" else (names, patients)
+        share = among(*(sides if name == "precision" else sides[::-1]), *owners, seed)
+        found, baseline = share.value, share.baseline
+        judged = {"difference": share.difference, "margin": SHARE_MARGIN}
+    low, high = found.interval()
     if name != "kid":
-        alike = set_distances(half, fake[some], device, [name])
-        text += f", where samples have {alike.get(name, np.nan):.4g}"
-    return found[name], text
+        low, high = np.clip([low, high], 0, np.inf if name == "fid" else 1).tolist()
+    warning = "; ".join(warnings)
+    return Score(name, found.value, low, high, baseline, n, m, source, warning, **judged)
+
+
+def frechet_baseline(
+    real: Tensor, fake: Tensor, patients: Sequence[str], seed: int
+) -> tuple[float, str]:
+    """FID between halves of the real patients, NaN if these are too few; and of how many images,
+    beside what as many samples have: it falls as numbers grow."""
+    found, generator = [], np.random.default_rng(seed)
+    for i in range(FID_HALVINGS):
+        first, second = map(generator.permutation, halves(patients, seed + i))
+        count = min(len(first), len(second), len(fake))
+        if count < 2:
+            return np.nan, "too few real patients for a baseline"
+        first, second, some = (
+            torch.from_numpy(rows[:count]).to(real.device)
+            for rows in (first, second, generator.permutation(len(fake)))
+        )
+        ours = real[first]
+        found.append([frechet_distance(ours, real[second]), frechet_distance(ours, fake[some])])
+    baseline, value = torch.tensor(found).mean(0).tolist()
+    text = f"baseline of {count} against {count} images, where samples have {value:.4g}"
+    if len(fake) < FID_IMAGES or len(real) < FID_IMAGES:
+        text += f"; under {FID_IMAGES:,} images FID is biased up: compare at equal numbers"
+    return baseline, text
 
 
 def pair_score(
     name: str, values: np.ndarray, names: Sequence[str], unrelated: np.ndarray,
-    counts: tuple[int, int], source: str, draws: int = DRAWS, seed: int = 0,
+    counts: tuple[int, int], source: str,
 ) -> Score:  # fmt: skip
     """The mean of a metric over pairs (N,); its baseline over pairs of unrelated real patients."""
     warnings = [f"under {FEW} pairs"] if 0 < len(values) < FEW else []
@@ -235,24 +121,17 @@ def pair_score(
         warnings.append(f"no pair: {wanted} would be one")
     if len(unrelated) == 0:
         warnings.append("too few real patients for a baseline")
-    low, high = interval(resampled_means(values, names, draws, seed))
+    found, warning = mean_estimate(values, names), "; ".join(warnings)
     baseline = float(unrelated.mean()) if len(unrelated) else np.nan
-    value = float(values.mean()) if len(values) else np.nan
-    return Score(name, value, low, high, baseline, *counts, source, "; ".join(warnings))
-
-
-def resampled_means(
-    values: np.ndarray, groups: Sequence[str], draws: int, seed: int
-) -> list[float]:
-    """Means of bootstrap resamples of the groups; none of no values."""
-    if len(values) == 0:
-        return []
-    return [float(values[rows].mean()) for rows in resamples(groups, draws, seed)]
+    return Score(name, found.value, *found.interval(), baseline, *counts, source, warning)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Slices and whose they are: images (N, S, S) in [-1, 1], Networks.features of them (N, D)."""
+    """Slices and whose they are: images (N, S, S) in [-1, 1], Networks.features of them (N, D).
+
+    owners: the patient of each; of a sample the patient whose contour it was given, or its name.
+    """
 
     images: np.ndarray | StoredRows
     features: Features
@@ -261,7 +140,7 @@ class ImageSet:
 
 def realism_scores(
     real: ImageSet, fake: ImageSet, pairs: Mapping[str, np.ndarray], networks: Networks,
-    draws: int = DRAWS, seed: int = 0,
+    seed: int = 0,
 ) -> list[Score]:  # fmt: skip
     """FID, KID, precision, recall, LPIPS, SSIM, diversity: a row for each whose weights are here.
 
@@ -271,10 +150,10 @@ def realism_scores(
     to its own real slice, and as far as that from other samples. With too few images for a number
     it is NaN, and the warning says how many it takes.
     """
-    found, how = [], (draws, seed)
+    found = []
     if networks.inception is not None:
         sets = real.features, fake.features, real.owners, fake.owners, networks.device
-        found = [set_score(name, *sets, networks.sources[name], *how) for name in SET_METRICS]
+        found = [set_score(name, *sets, networks.sources[name], seed) for name in SET_METRICS]
     order = np.random.default_rng(seed).permutation(len(fake.owners))
     diverse = _distances(fake.images, order[0::2], order[1::2], networks)["lpips"]
     apart = _distances(real.images, *halves(real.owners, seed), networks, seed)
@@ -288,7 +167,7 @@ def realism_scores(
             unrelated, counts = apart[name], (len(rows), len(rows))
         if name not in networks.missing:
             source = networks.sources[name]
-            found.append(pair_score(name, values, names, unrelated, counts, source, *how))
+            found.append(pair_score(name, values, names, unrelated, counts, source))
     return found
 
 
@@ -373,16 +252,14 @@ class ContourAgreement:
             )
 
 
-def control_scores(
-    samples: ContourAgreement, real: ContourAgreement, draws: int = DRAWS, seed: int = 0
-) -> list[Score]:
+def control_scores(samples: ContourAgreement, real: ContourAgreement) -> list[Score]:
     """Do samples have the lungs asked for? Mean Dice and 95th-percentile Hausdorff distance.
 
     real: the same segmenter's on real slices with their own contours. Their mean is the baseline,
-    since it errs on them too. hd95_mm is there if a sample's spacing is known.
+    since it errs on them too. hd95_mm is there if a sample's spacing is known. Dice is judged.
     """
     scores = []
-    spacing, patients, pixels = samples.spacing, real.owners, (samples.hd95, real.hd95)
+    spacing, pixels = samples.spacing, (samples.hd95, real.hd95)
     measured = {
         "dice": (samples.dice, real.dice),
         "hd95_px": pixels,
@@ -400,17 +277,17 @@ def control_scores(
         if name == "hd95_mm" and not np.isfinite(spacing).all():
             warnings.append(f"{np.isnan(spacing).sum()} samples of unknown spacing left out")
         source = "filled masks" if name == "dice" else "borders of filled masks"
-        baseline = np.nan
+        found = mean_estimate(own[kept], np.asarray(samples.owners, str)[kept])
+        baseline = mean_estimate(of_real[kept_real], np.asarray(real.owners, str)[kept_real])
         if kept_real.any():
-            owners = np.asarray(patients, str)[kept_real]
-            baseline = float(of_real[kept_real].mean())
-            low, high = interval(resampled_means(of_real[kept_real], owners, draws, seed))
-            source += f"; baseline {low:.3g} to {high:.3g} over {len(set(owners))} patients"
+            patients = len({real.owners[i] for i in np.flatnonzero(kept_real)})
+            low, high = baseline.interval()
+            source += f"; baseline {low:.3g} to {high:.3g} over {patients} patients"
         else:
             warnings.append("no real slices for a baseline")
-        value = float(own[kept].mean()) if kept.any() else np.nan
-        groups = np.asarray(samples.owners, str)[kept]
-        bounds = interval(resampled_means(own[kept], groups, draws, seed))
-        numbers = int(kept_real.sum()), int(kept.sum())
-        scores.append(Score(name, value, *bounds, baseline, *numbers, source, "; ".join(warnings)))
+        numbers = int(kept_real.sum()), int(kept.sum()), source, "; ".join(warnings)
+        judged = difference(found, baseline), DICE_MARGIN if name == "dice" else ()
+        scores.append(
+            Score(name, found.value, *found.interval(), baseline.value, *numbers, *judged)
+        )
     return scores

@@ -15,7 +15,7 @@ from scipy import ndimage as ndi
 
 from fibldm.encoding import LatentDataset
 from fibldm.likeness import THUMBNAIL, aligned_likeness, coarse_detail, thumbnails
-from fibldm.metrics import Score, interval, resamples
+from fibldm.verdicts import Score, interval, resamples
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
 HELDOUT_SHARE = 0.01  # of held-out slices are nearer than the thresholds of all spaces together

@@ -18,7 +18,7 @@ from PIL import Image
 from fibldm import disease
 from fibldm.disk import replace_text, write_atomically
 from fibldm.evaluation import Evaluation, Group, Picture
-from fibldm.metrics import DASH, WORDS, Score, Verdict, number
+from fibldm.verdicts import DASH, WORDS, Score, Verdict, margin_text, number
 
 TITLE = "Samples against real slices"
 KEEP = (
@@ -26,16 +26,20 @@ KEEP = (
     "data; it is no medical device and judges no patient."
 )
 JUDGEMENT = (
-    "Good: the interval reaches the baseline. This metric cannot tell the samples from other real "
-    "patients. Doubtful: farther away, but at most twice as far as the baseline. Bad: farther "
-    "still. A group is as good as its worst number. With few images intervals are wide: good then "
-    "only means that nothing bad was shown. No verdict approves a use."
+    "A number is judged by its difference from other real patients. Within the margin differences "
+    "do not matter. Good: the interval of the difference reaches 0 or lies within the margin. "
+    "Doubtful: it does not reach 0, but the difference is within the margin. Bad: it does not "
+    "reach 0, and the difference is beyond the margin. A group is as good as its worst number. The "
+    "more numbers a group has, the wider the intervals of its verdict are: 2 % of real patients at "
+    "most are bad by chance. With few slices good only means that nothing bad was shown; the "
+    "sentence then says how many more it takes. No verdict approves a use."
 )
 GLOSSARY = (
-    "Interval: 95 % of a patient-level bootstrap. Real slices are drawn by patient, samples one by "
-    "one. Baseline: the real-vs-real baseline, the same metric between two halves of the real "
-    "patients. For control it is the result of the same segmenter on real slices. No sample can be "
-    "expected to do better. N: the number of real slices / samples."
+    "Interval: 95 %, by patients. All slices of a patient, and all samples that follow contours of "
+    "one patient, are one observation. Baseline: what other real patients have. KID has 0; for "
+    "precision and recall it is found in equal numbers over 50 halvings; for control it is the "
+    "result of the same segmenter on real slices. No sample can be expected to do better. "
+    "Difference: of value and baseline, with its interval. N: the number of real slices / samples."
 )
 
 # The question that each group of metrics answers.
@@ -45,8 +49,8 @@ QUESTIONS = {
     "Control": "Are the lungs where the contour asked for them? Lungs are segmented in samples and "
     "in real slices by the same method, without a network (fibldm.lungs).",
     "Disease": "Is the tissue inside of the lungs as dense, as textured and as noisy as in real "
-    "slices? Each value is a distance between two distributions, in the unit of its quantity: 0 is "
-    "best, and the baseline is what two groups of real patients differ by.",
+    "slices, and does it vary as much from patient to patient? Values are of samples, baselines of "
+    "real slices, in the unit of the quantity.",
     "Privacy": "Are samples copies of the patients that the models were trained on? Below the "
     "table, the closest pairs: sample on the left, training slice on the right, closest first.",
 }  # fmt: skip
@@ -58,13 +62,14 @@ MEANINGS = {
     "falls as the number of images grows: compare it only between equal numbers, and hardly at "
     "all under 2,048.",
     "kid": "Kernel distance of the same features; 0 is best, and values a little below 0 are "
-    "chance. Its mean does not depend on the number of images, so it is the one to read with few. "
-    "Don't trust differences that are smaller than the interval.",
-    "precision": "Share of samples that lie among real slices, by their nearest neighbours in "
-    "features: do single samples look real? A model that draws one good slice again and again has "
-    "a high precision: read it with recall.",
-    "recall": "Share of real slices that lie among samples: is the variety of patients there? It "
-    "is low for few samples, whatever the model.",
+    "chance. It does not depend on the number of images, so it is the one to read with few. "
+    "Between other patients of the same scanners it is 0 in the mean: that is its baseline.",
+    "precision": "Share of samples that lie among one half of the real slices, by their nearest "
+    "neighbours in features: do single samples look real? The baseline is the share of the other "
+    "half of real slices. A model that draws one good slice again and again has a high precision: "
+    "read it with recall.",
+    "recall": "Share of real slices that lie among one half of the samples: is the variety of "
+    "patients there? The baseline is the share of the other half of the samples.",
     "lpips": "Perceptual distance between a sample and the real slice whose contour it was asked "
     "to follow; the baseline is that of two unrelated patients. It is no error: another patient "
     "with the same lungs is a right answer. Values far below the baseline mean that samples "
@@ -80,9 +85,12 @@ MEANINGS = {
     "hd95_px": "Distance between the borders of both, in pixels, below which 95 % of border points "
     "lie; 0 is best. It shows local errors that overlap hides.",
     "hd95_mm": "The same in millimetres, for slices whose pixel spacing is known.",
-    "noise_power": "How far the noise spectra inside of the lungs differ, at all frequencies: a "
-    "VAE smooths, and shows as missing power at high frequencies. A detector of synthetic slices "
-    "sees it first. Reconstruction kernels of scanners differ as well: compare like with like.",
+    "noise_power": "Power of the noise inside of the lungs, in the upper half of frequencies: a "
+    "VAE smooths, and shows as missing power there. A detector of synthetic slices sees it first. "
+    "Reconstruction kernels of scanners differ as well: compare like with like.",
+    "spread": "How far slices of two patients, or two samples, differ on average (Gini's mean "
+    "difference, 1.13 standard deviations of a normal distribution). Guidance narrows it: samples "
+    "then look alike, and mild and severe disease are missing.",
     "copies": "A sample is flagged if it is nearer to a training slice than 99 % of slices of "
     "held-out patients, whom no model has seen: by correlation of latents, or of fine structure "
     "in pixels after alignment. About 1 % is flagged by chance, which is the baseline. Look at the "
@@ -96,12 +104,11 @@ MEANINGS = {
     "the scanner's kernel.",
     "density": "Attenuation inside of the lungs as histograms (mean, median, standard deviation, "
     "skewness, kurtosis), the shares of high (-600 to -250 HU, rises with fibrosis) and low "
-    "attenuation (below -950 HU, emphysema), and the lungs' area. Each value is the distance by "
-    "which a slice would have to move on average, in the quantity's unit. Depth of breath moves "
-    "all of them: compare groups that were scanned alike.",
+    "attenuation (below -950 HU, emphysema), and the lungs' area. Means over slices. Depth of "
+    "breath moves all of them: compare groups that were scanned alike.",
 }  # fmt: skip
 ABOUT = {  # what of MEANINGS a group shows under which name, where that is not each score's own
-    "Disease": {"density": "density", "glcm": "glcm", "noise_power": "noise_power"},
+    "Disease": {name: name for name in ("density", "glcm", "noise_power", "spread")},
     "Privacy": {"flagged as copies": "copies", "controls": "controls"},
 }
 
@@ -297,6 +304,7 @@ def render(title: str, sections: Sequence[Section], facts: Mapping[str, str]) ->
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "interval": interval, "base64_png": base64_png}
+    environment.filters |= {"difference": difference, "margin": margin_text}
     page = environment.get_template("report.html.jinja").render(
         title=title, sections=sections, facts=facts, judgement=JUDGEMENT, glossary=GLOSSARY
     )
@@ -308,6 +316,14 @@ def interval(score: Score) -> str:
     if not math.isfinite(score.low + score.high):
         return DASH
     return f"{number(score.low)} to {number(score.high)}"
+
+
+def difference(score: Score) -> str:
+    """A score's difference from its baseline with its interval, a dash where it is not judged."""
+    if not score.judged:
+        return DASH
+    low, high = map(number, score.difference.interval())
+    return f"{number(score.difference.value)} ({low} to {high})"
 
 
 def base64_png(pixels: np.ndarray) -> str:

@@ -55,8 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )  # fmt: skip
     add("--split_seed", type=integer, help="as train_vae.py had it (unset: the VAE's, else 0)")
     add_window_option(parser, None, "HU of the data's window (unset: the VAE's, else -1000 400)")
-    add("--draws", type=positive, default=200, help="bootstrap resamples of each interval")
-    add("--seed", type=integer, default=0, help="of resamples and halves")
+    add("--draws", type=positive, default=200, help="bootstrap resamples of the privacy part")
+    add("--seed", type=integer, default=0, help="of resamples and halvings")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--weights_dir", type=Path,

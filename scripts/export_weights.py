@@ -94,8 +94,8 @@ def describe_report(folder: Path) -> list[str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    lines = ["95 % intervals are by bootstrap over patients. The real-vs-real baseline is what two"]
-    lines += ["halves of the real patients give.", ""]
+    lines = ["95 % intervals are by patients. The real-vs-real baseline is what other real"]
+    lines += ["patients have.", ""]
     lines += ["| metric | value | 95 % interval | real-vs-real baseline |", "|---|---|---|---|"]
     for name, value, low, high, baseline in rows:
         between = "-" if low is None else f"{number(low)} to {number(high)}"

@@ -35,8 +35,8 @@ TRAINING = {
     *("guard", "reconstruction", "tracking"),
 }
 JUDGEMENT = {
-    *("features", "weights", "metrics", "disease", "privacy", "samples", "measurement"),
-    *("evaluation", "report"),
+    *("features", "distances", "verdicts", "weights", "metrics", "disease", "privacy", "samples"),
+    *("measurement", "evaluation", "report"),
 }
 SYNTHESIS = {"conditions", "synthesis"}
 BUFFERS = {"latent_shift", "latent_gain", "usage"}  # of PyTorch and of argparse
@@ -85,11 +85,13 @@ MAY_IMPORT = {
         *("anatomy", "ct", "fields", "findings", "likeness", "limits", "panels", "spine"),
         "tables",
     },
-    "metrics": {"disk", "features"},
-    "features": {"disk"},
+    "verdicts": set(),
+    "distances": {"disk", "verdicts"},
+    "metrics": {"disk", "distances", "features", "verdicts"},
+    "features": set(),
     "weights": {"features"},
-    "privacy": {"encoding", "likeness", "metrics"},
-    "disease": {"ct", "metrics"},
+    "privacy": {"encoding", "likeness", "verdicts"},
+    "disease": {"ct", "verdicts"},
     "panels": {"disk"},
     "tables": {"disk", "limits"},
     "datasets": {"batches", "ct", "disk", "distributed", "limits", "tables"},
@@ -112,9 +114,9 @@ MAY_IMPORT = {
     },
     "evaluation": {
         *("ct", "datasets", "disease", "disk", "features", "metrics", "panels", "privacy"),
-        *("measurement", "synthesis", "tables"),
+        *("measurement", "synthesis", "tables", "verdicts"),
     },
-    "report": {"disease", "disk", "evaluation", "metrics"},
+    "report": {"disease", "disk", "evaluation", "verdicts"},
     "batches": {"distributed", "optim"},
     "config": {"limits", "unet"},
     "cli": {"config", "distributed", "optim"},

@@ -13,7 +13,7 @@ import pytest
 from fibldm import disease
 from fibldm.evaluation import Evaluation, Group, Picture, SampleResult
 from fibldm.measurement import Measurement
-from fibldm.metrics import PAIR_METRICS, SET_METRICS, Score, Verdict
+from fibldm.metrics import PAIR_METRICS, SET_METRICS
 from fibldm.report import (
     Section,
     as_dict,
@@ -23,6 +23,7 @@ from fibldm.report import (
     spectra,
     write_report,
 )
+from fibldm.verdicts import Estimate, Score, Verdict
 
 NAN = float("nan")
 HOSTILE = "<img src=x onerror=alert(1)>\"'&.png"

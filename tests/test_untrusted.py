@@ -20,7 +20,7 @@ from benchmarks import fuzz
 from fibldm import checkpoint, ct, limits, report
 from fibldm.encoding import LatentDataset
 from fibldm.evaluation import Picture
-from fibldm.metrics import Score, Verdict
+from fibldm.verdicts import Score, Verdict
 from fibldm.tables import Split, read_table
 from fibldm.vae import VAE
 
