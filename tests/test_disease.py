@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from fibldm import ct, disease
 from fibldm.phantom import phantom_slice
+from fibldm.verdicts import judge
 
 SIDE = 128
 WHOLE = np.ones((SIDE, SIDE), bool)
@@ -163,75 +164,105 @@ def test_measures_follow_fibrosis_on_phantoms():
 # Many slices.
 
 
-def test_the_distance_of_shifted_distributions_is_the_shift():
+def owners(count: int, each: int = 1) -> list[str]:
+    return [f"p{i // each}" for i in range(count)]
+
+
+def test_shifted_slices_differ_by_the_shift_and_not_in_spread():
     real = some_slices(40)
     fake = [{name: value + 7 for name, value in row.items()} for row in real]
-    owners = [str(i) for i in range(40)]
-    scores = named(disease.compare(real, owners, fake, owners, draws=50))
+    scores = named(disease.compare(real, owners(40), fake, owners(40)))
+    assert list(scores) == [f"{n}{s}" for s in ("", ", spread") for n in disease.COMPARED]
     for name in disease.QUANTITIES:
-        score = scores[name]
-        assert score.value == pytest.approx(7)
-        assert score.baseline < 3 < score.low < 7 < score.high < 11
+        score, spread = scores[name], scores[f"{name}, spread"]
+        assert score.baseline == pytest.approx(np.mean([row[name] for row in real]))
+        assert score.value == pytest.approx(score.baseline + 7)
+        assert score.low < score.value < score.high
+        assert score.difference.value == pytest.approx(7) and judge([score]).word == "bad"
+        assert spread.difference.value == pytest.approx(0) and judge([spread]).word == "good"
         assert (score.n_real, score.n_fake, score.warning) == (40, 40, "")
 
 
-def test_the_distance_of_spectra_is_their_log_ratio():
-    real = some_slices(30)
-    noise = {*disease.NOISE}
-    fake = [{n: v * np.e**0.5 if n in noise else v for n, v in row.items()} for row in real]
-    owners = [str(i) for i in range(30)]
-    scores = named(disease.compare(real, owners, fake, owners, draws=50))
-    assert scores["noise_power"].value == pytest.approx(0.5)
-    assert scores["noise_power"].low > 0.4
-    assert scores["mean"].value == scores["mean"].low == 0 < scores["mean"].high
+def test_narrowed_samples_have_the_mean_and_are_bad():
+    """As guidance narrows high attenuation to 0.6 of what real patients have."""
+    real, others = some_slices(150), some_slices(150, seed=1)
+    fake = [{name: 100 + 0.6 * (value - 100) for name, value in row.items()} for row in others]
+    scores = named(disease.compare(real, owners(150), fake, owners(150)))
+    mean, spread = scores["high_attenuation"], scores["high_attenuation, spread"]
+    assert judge([mean]).word == "good" and judge([spread]).word == "bad"
+    assert spread.value / spread.baseline == pytest.approx(0.6, abs=0.1)
+    verdict = judge(list(scores.values()))
+    assert verdict.word == "bad" and ", spread" in verdict.sentence
 
 
-def test_floor_and_interval_know_patients():
-    # Ten slices of each of 8 patients, all of a patient alike: 8 observations, not 80.
-    of_patients = some_slices(8)
-    rows = [row for row in of_patients for _ in range(10)]
-    patients = [f"p{i // 10}" for i in range(80)]
-    slices = [str(i) for i in range(80)]
+def test_spread_is_ginis_mean_difference_between_patients():
+    values, patients = np.array([1.0, 4.0, 2.0, 9.0, 5.0]), ["a", "a", "b", "b", "c"]
+    pairs = [abs(values[i] - values[j]) for i in range(5) for j in range(5)
+             if patients[i] != patients[j]]  # fmt: skip
+    per_slice = [np.mean([abs(values[i] - values[j]) for j in range(5)
+                          if patients[i] != patients[j]]) for i in range(5)]  # fmt: skip
+    assert disease.spread(values, patients).value == pytest.approx(np.mean(per_slice))
+    assert np.mean(per_slice) == pytest.approx(np.mean(pairs), rel=0.1)
+    normal = np.random.default_rng(0).normal(size=2000)
+    assert disease.spread(normal, owners(2000)).value == pytest.approx(2 / np.pi**0.5, rel=0.04)
+    few = [disease.spread(normal[i : i + 10], owners(10)).value for i in range(0, 2000, 10)]
+    assert np.mean(few) == pytest.approx(2 / np.pi**0.5, rel=0.04)  # few patients are no narrower
+    assert np.isnan(disease.spread(values, ["a"] * 5).value)
+
+
+@pytest.mark.parametrize("each", [1, 10])
+def test_the_interval_of_spread_covers(each):
+    generator, found = np.random.default_rng(0), []
+    for _ in range(500):
+        own = generator.gamma(4, 1, 30).repeat(each)
+        values = own + generator.normal(0, 0.2, 30 * each)
+        one = disease.spread(values, owners(30 * each, each))
+        found.append((one.value, *one.interval()))
+    value, low, high = np.array(found).T
+    assert 0.92 <= ((low <= value.mean()) & (value.mean() <= high)).mean() <= 0.97
+
+
+def test_noise_power_is_that_of_the_upper_half_of_frequencies():
+    real, upper = some_slices(30), set(disease.NOISE[4:])
+    fake = [{n: v * 10**0.5 if n in upper else 0 * v for n, v in row.items()} for row in real]
+    score = named(disease.compare(real, owners(30), fake, owners(30)))["noise_power"]
+    assert score.difference.value == pytest.approx(0.5) and judge([score]).word == "bad"
+
+
+def test_slices_of_one_patient_are_one_observation():
+    rows = [row for row in some_slices(8) for _ in range(10)]
     fake = some_slices(40, seed=1)
-    arguments = fake, slices[:40], 100
-    right = named(disease.compare(rows, patients, *arguments))["mean"]
-    wrong = named(disease.compare(rows, slices, *arguments))["mean"]
-    assert right.baseline > 2 * wrong.baseline
-    assert right.high - right.low > 1.5 * (wrong.high - wrong.low)
-    assert right.low <= right.value <= right.high
-    assert "few patients: 8" in right.warning and right.n_real == 80
-
-
-def test_the_floor_is_what_equal_distributions_get():
-    owners = [str(i) for i in range(100)]
-    other = [named(disease.compare(some_slices(100), owners, some_slices(100, seed=i), owners, 5))
-             for i in range(1, 6)]  # fmt: skip
-    mean = np.mean([scores["skewness"].value for scores in other])
-    assert other[0]["skewness"].baseline == pytest.approx(
-        mean * 2**0.5, rel=0.35
-    )  # halves: 50 each
+    right = named(disease.compare(rows, owners(80, 10), fake, owners(40)))
+    wrong = named(disease.compare(rows, owners(80), fake, owners(40)))
+    for name in ("mean", "mean, spread"):
+        assert right[name].difference.error > 1.5 * wrong[name].difference.error
+    assert right["mean, spread"].baseline > 1.05 * wrong["mean, spread"].baseline
+    assert "few patients: 8" in right["mean"].warning and right["mean"].n_real == 80
 
 
 def test_slices_without_a_value_are_left_out_and_counted():
     real, fake = some_slices(40), some_slices(40, seed=1)
-    owners = [str(i) for i in range(40)]
-    whole = named(disease.compare(real, owners, fake[3:], owners[3:], draws=5))
+    whole = named(disease.compare(real, owners(40), fake[3:], owners(40)[3:]))
     for row in fake[:3]:
         row.update(dict.fromkeys(row, float("nan")))
-    scores = named(disease.compare(real, owners, fake, owners, draws=5))
+    scores = named(disease.compare(real, owners(40), fake, owners(40)))
     for name, score in scores.items():
         assert score.value == whole[name].value and score.n_fake == 37
         assert "3 of 40 samples have no value" in score.warning
     nothing = [dict.fromkeys(real[0], float("nan"))] * 40
-    for score in disease.compare(real, owners, nothing, owners, draws=5):
+    for score in disease.compare(real, owners(40), nothing, owners(40)):
         assert np.isnan([score.value, score.low, score.high]).all() and score.n_fake == 0
-        assert np.isfinite(score.baseline)
+        assert np.isfinite(score.baseline) and not score.judged
 
 
-def test_too_few_patients_for_two_halves_have_no_floor():
-    scores = disease.compare(some_slices(3), ["a", "b", "c"], some_slices(5), ["s"] * 5, draws=5)
-    assert np.isnan([score.baseline for score in scores]).all()
-    assert all("few patients: 3" in score.warning for score in scores)
+def test_what_does_not_vary_or_is_of_one_patient_is_not_judged():
+    real, fake = some_slices(20), some_slices(20, seed=1)
+    for row in real:
+        row["low_attenuation"] = 0.0
+    scores = named(disease.compare(real, owners(20), fake, owners(20)))
+    assert not scores["low_attenuation"].judged and scores["mean"].judged
+    alone = disease.compare(real, ["a"] * 20, fake, owners(20))
+    assert judge(alone).word == "not judged" and "few patients: 1" in alone[0].warning
 
 
 def test_bad_input_of_compare():
@@ -251,11 +282,11 @@ def test_labels_are_compared_each_with_its_own():
     fake_labels = ["normal"] * 20 + ["fibrosis"] * 20 + ["covid"] * 3
     patients, names = [str(i) for i in range(42)], [str(i) for i in range(43)]
     scores, notes = disease.compare_by_label(
-        *(real, patients, real_labels, fake, names, fake_labels), draws=5
+        *(real, patients, real_labels, fake, names, fake_labels)
     )
     assert list(scores) == ["fibrosis", "normal"]
-    assert named(scores["normal"])["mean"].value < 5
-    assert named(scores["fibrosis"])["mean"].value == pytest.approx(10, abs=4)
+    assert abs(named(scores["normal"])["mean"].difference.value) < 5
+    assert named(scores["fibrosis"])["mean"].difference.value == pytest.approx(10, abs=4)
     assert notes == ["covid: no real slice has this label", "2 of 42 real slices have no label"]
 
 
@@ -326,15 +357,11 @@ def test_real_slices_are_nearest_to_other_patients(ct_folder):
         fakes["phantom"].append(disease.measure(*drawn))
     patients = [row["patient_id"] for row in rows[1::2]]
     found = {
-        kind: named(disease.compare(real, patients, fake, [str(i) for i in range(len(fake))], 50))
+        kind: disease.compare(real, patients, fake, owners(len(fake)))
         for kind, fake in fakes.items()
     }
-    for name, score in found["other"].items():
-        assert score.value <= 2 * score.baseline  # other patients are as near as halves are
-        assert score.baseline == 0 or score.value < found["phantom"][name].value
+    words = {kind: judge(scores).word for kind, scores in found.items()}
+    assert words == {"other": "good", "noise": "bad", "blur": "bad", "phantom": "bad"}
     for name in ("glcm_contrast", "glcm_homogeneity", "glcm_energy", "noise_power"):
-        other, noise, blur = (found[kind][name] for kind in ("other", "noise", "blur"))
-        assert other.high < min(noise.low, blur.low)
-    for name in ("sd", "skewness", "kurtosis"):
-        other, noise, blur, phantom = (found[kind][name].value for kind in fakes)
-        assert other < min(noise, blur) and max(noise, blur) < phantom
+        for kind in ("noise", "blur"):
+            assert judge([named(found[kind])[name]]).word == "bad"

@@ -186,7 +186,9 @@ def test_real_slices_as_samples_reach_the_ceiling_in_every_format(phantoms, tmp_
     samples = held_out(phantoms, tmp_path / "samples", kind=kind)
     content, _ = run(phantoms, samples, tmp_path / "report", "--split", "val", *SPLIT)
     disease = scores(content, "Disease")
-    assert disease["mean"]["value"] == pytest.approx(0, abs=0.5)  # HU: NIfTI and DICOM round
+    apart = disease["mean"]["difference"]["value"]
+    assert apart == pytest.approx(0, abs=0.5)  # HU: NIfTI and DICOM round
+    assert content["groups"]["Disease"]["verdict"] == "good"
     assert scores(content, "Realism")["ssim"]["value"] == pytest.approx(1, abs=1e-3)
     dice = scores(content, "Control")["dice"]
     assert dice["value"] == pytest.approx(dice["baseline"], abs=0.02)

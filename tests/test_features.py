@@ -1,4 +1,4 @@
-"""Networks, distances of pairs and of sets, against other libraries and closed forms."""
+"""Networks and distances of pairs, against other libraries."""
 
 import io
 
@@ -6,88 +6,11 @@ import numpy as np
 import pytest
 import torch
 from images import CPU, needs, pixel_networks, slices
-from scipy import linalg, ndimage
+from scipy import ndimage
 from torch import Tensor, nn
 
-from fibldm import disk, features, metrics
-
-# Sets of features.
-
-
-def frechet_distance(mu1, cov1, mu2, cov2) -> float:
-    """The closed form by scipy's matrix root."""
-    root = linalg.sqrtm(cov1 @ cov2).real
-    return np.square(mu1 - mu2).sum() + np.trace(cov1 + cov2 - 2 * root)
-
-
-@pytest.mark.parametrize("counts", [(5, 8), (50, 6), (40, 60)])
-def test_distance_of_features_is_that_of_their_gaussians(counts):
-    generator = np.random.default_rng(1)
-    a, b = (generator.standard_normal((n, 16)) + n / 50 for n in counts)
-    known = frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    found = features.frechet_feature_distance(torch.from_numpy(a), torch.from_numpy(b))
-    assert found == pytest.approx(known, rel=1e-6)
-
-
-def drawn(generator: np.random.Generator, draws: int, count: int) -> Tensor:
-    return torch.from_numpy(generator.integers(0, 3, (draws, count))).float()
-
-
-@pytest.mark.parametrize("counts", [(9, 30), (50, 40)])
-def test_blocks_and_counts_are_as_rows_written_out(counts, monkeypatch, tmp_path):
-    """Features on disk, in blocks of 7, with counts: as repeated rows in memory at once."""
-    monkeypatch.setattr(features, "BLOCK", 7)
-    generator = np.random.default_rng(0)
-    sets = [generator.standard_normal((n, 16)).astype(np.float32) + n / 50 for n in counts]
-    on_disk = []
-    for i, rows in enumerate(sets):
-        on_disk.append(disk.create_rows(tmp_path / f"{i}.npy", np.float32, rows.shape))
-        on_disk[-1][:] = rows
-    weights = [drawn(generator, 3, n) for n in counts]
-    found = features.frechet_distances(*on_disk, *weights, CPU)
-    for i in range(3):
-        a, b = (np.repeat(x, w[i].int(), axis=0) for x, w in zip(sets, weights, strict=True))
-        known = frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-        assert found[i] == pytest.approx(known, rel=1e-6)
-
-
-def test_kid_is_torchmetrics_and_its_resamples_are_not_biased(monkeypatch):
-    from torchmetrics.image.kid import poly_mmd
-
-    monkeypatch.setattr(features, "BLOCK", 16)
-    generator = np.random.default_rng(1)
-    x, y = generator.standard_normal((40, 8)), generator.standard_normal((40, 8)) + 0.5
-    ones = torch.ones(1, 40)
-    found = features.kernel_distances(x, y, ones, ones, CPU)
-    known = float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y)))
-    assert found == pytest.approx(known, rel=1e-9)
-    times = [metrics.times_drawn(list(map(str, range(40))), 400, seed) for seed in (1, 2)]
-    value, *resampled = features.kernel_distances(x, y, *times, CPU)
-    assert value == pytest.approx(known, rel=1e-6)
-    assert abs(np.mean(resampled) - value) < 4 * np.std(resampled) / 400**0.5
-
-
-def test_precision_and_recall_are_those_of_torch_fidelity_and_tell_modes(monkeypatch):
-    from torch_fidelity.metric_prc import calculate_precision_recall_full
-
-    monkeypatch.setattr(features, "BLOCK", 16)
-    generator = np.random.default_rng(2)
-    real, fake = generator.standard_normal((60, 4)), generator.standard_normal((50, 4)) + 1
-    ones = torch.ones(1, 60), torch.ones(1, 50)
-    known = calculate_precision_recall_full(torch.from_numpy(fake), torch.from_numpy(real))
-    assert len({0, 1, *known}) == 4
-    assert features.precisions(real, fake, *ones, CPU) == pytest.approx(known[0])
-    assert features.recalls(real, fake, *ones, CPU) == pytest.approx(known[1])
-
-    real[:30] += 100  # a mode that samples lack: what there is is right, and half is there
-    assert features.recalls(real, real[30:], ones[0], ones[1][:, :30], CPU) == 0.5
-    fake = np.concatenate([real[30:], real[30:] - 200])
-    assert features.precisions(real, fake, ones[0], ones[0], CPU) == 0.5
-    # Of a resample without the second mode's balls and with samples of the first only:
-    there, chosen = (torch.arange(60)[None] >= 30).float(), (torch.arange(60)[None] < 30).float()
-    assert features.precisions(real, fake, there, chosen, CPU) == 1
-    assert features.precisions(real, fake, 1 - there, chosen, CPU) == 0
-
+from fibldm import features, metrics
+from fibldm.distances import frechet_distance
 
 # Reconstruction, against scikit-image.
 
@@ -278,7 +201,7 @@ def test_fid_tells_worse_images(no_sockets):
     of_real = networks.features(real)
 
     def fid_of(images: Tensor) -> float:
-        return features.frechet_feature_distance(of_real, networks.features(images))
+        return float(frechet_distance(of_real, networks.features(images)))
 
     assert fid_of(real) < 1e-3 * fid_of(fake)
     blurred = torch.from_numpy(ndimage.gaussian_filter(fake.numpy(), (0, 0, 3, 3)))

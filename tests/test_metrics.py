@@ -1,7 +1,6 @@
-"""Scores: halves of patients, the bootstrap over them, realism and control."""
+"""Scores of realism and control."""
 
 import hashlib
-import json
 import warnings
 
 import numpy as np
@@ -12,90 +11,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from fibldm import features, metrics
-from fibldm.metrics import (
-    ImageSet,
-    Score,
-    Verdict,
-    halves,
-    interval,
-    judge,
-    realism_scores,
-    resamples,
-    worst,
-)
-
-PATIENTS = [f"p{i // 3}" for i in range(60)]  # 20 patients of 3 slices
-
-
-def test_halves_split_patients_and_not_slices():
-    first, second = halves(PATIENTS, seed=1)
-    assert sorted([*first, *second]) == list(range(60))
-    names = np.array(PATIENTS)
-    assert not set(names[first]) & set(names[second])
-    assert len(set(names[first])) == len(set(names[second])) == 10
-    assert not np.array_equal(first, halves(PATIENTS, seed=2)[0])
-
-
-def test_resamples_draw_whole_patients():
-    for rows in resamples(PATIENTS, draws=5):
-        assert len(rows) == 60
-        counts = np.bincount(rows, minlength=60).reshape(20, 3)
-        assert (counts == counts[:, :1]).all()
-
-
-def test_the_interval_covers_a_mean_as_often_as_it_says():
-    generator, covered = np.random.default_rng(0), 0
-    for trial in range(200):
-        patients = generator.normal(size=20)
-        values = np.repeat(patients, 3)  # slices of a patient are copies: 20 values, not 60
-        means = [values[rows].mean() for rows in resamples(PATIENTS, 200, seed=trial)]
-        low, high = interval(means)
-        covered += low <= 0 <= high
-    assert 0.85 < covered / 200 < 0.98  # slices as if independent would give 0.74
-
-
-def test_too_little_for_an_interval_is_nan_and_none_in_json():
-    assert np.isnan(interval([1.0])).all() and np.isnan(interval([np.nan, 1.0])).all()
-    score = Score("fid", 1.0, *interval([]), float("nan"), 2, 3, "Inception", "few")
-    content = json.loads(json.dumps(score.as_dict(), allow_nan=False))
-    assert content["low"] is None and content["value"] == 1.0
-
-
-# Verdicts.
+from fibldm.distances import frechet_distance, within_balls
+from fibldm.metrics import ImageSet, realism_scores
+from fibldm.verdicts import Score, halves, judge
 
 NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "high", "baseline", "options", "word"),
-    [
-        (5.0, 3.0, 7.0, 3.5, {}, "good"),  # the interval reaches the baseline
-        (5.0, 4.0, 7.0, 3.5, {}, "doubtful"),
-        (9.0, 8.0, 10.0, 3.5, {}, "bad"),
-        (9.0, 8.0, 10.0, 3.5, {"squared": True}, "doubtful"),
-        (15.0, 14.0, 16.0, 3.5, {"squared": True}, "bad"),
-        (0.90, 0.88, 0.96, 0.95, {"higher_is_better": True}, "good"),
-        (0.91, 0.90, 0.92, 0.95, {"higher_is_better": True}, "doubtful"),
-        (0.70, 0.68, 0.72, 0.95, {"higher_is_better": True}, "bad"),
-        (5.0, NAN, NAN, 3.5, {}, "doubtful"),  # without an interval the value counts
-        (3.0, NAN, NAN, 3.5, {}, "good"),
-        (0.01, -0.01, 0.02, -0.02, {"squared": True}, "good"),  # KID's baseline below 0 is chance
-        (0.01, 0.005, 0.02, -0.02, {"squared": True}, "bad"),
-        (5.0, 4.0, 6.0, NAN, {}, "not judged"),
-        (5.0, 4.0, 6.0, 0.0, {}, "not judged"),  # how far is twice as far as 0?
-        (NAN, NAN, NAN, 1.0, {}, "not judged"),
-    ],
-)
-def test_judge(value, low, high, baseline, options, word):
-    verdict = judge(Score("m", value, low, high, baseline, 40, 41, "net"), **options)
-    assert verdict.word == word
-    assert verdict.sentence.startswith("m ")
-
-
-def test_a_group_is_as_good_as_its_worst_number():
-    words = [Verdict("good", "a"), Verdict("bad", "b"), Verdict("not judged", "c")]
-    assert worst(words) == Verdict("bad", "a; b; c")
-    assert worst(words[::2]).word == "good"
 
 
 # Control.
@@ -153,6 +73,8 @@ def test_control_scores_count_what_they_leave_out():
     real = following(discs(11, 13, 15), discs(10, 12, 14), [2.0] * 3, ["p", "p", "q"])
     dice, pixels, mm = metrics.control_scores(samples, real)
     assert [s.name for s in (dice, pixels, mm)] == ["dice", "hd95_px", "hd95_mm"]
+    assert [s.judged for s in (dice, pixels, mm)] == [True, False, False]
+    assert dice.difference.value == pytest.approx(dice.value - dice.baseline)
     share = 2 * asked[1].sum() / (asked[1].sum() + found[1].sum())
     assert dice.value == pytest.approx((1 + share + 1 + 0) / 4)
     assert dice.low < dice.value < dice.high and dice.baseline > 0.8
@@ -215,30 +137,42 @@ def test_realism_without_weights_is_ssim(no_weights):
 
 def test_every_score_has_what_it_takes_to_believe_it():
     real, fake = slices(24, seed=0, size=32), slices(20, seed=1, size=32)
-    found = realism_of(real, fake, real[:20], draws=40)
+    found = realism_of(real, fake, real[:20])
     order = ["fid", "kid", "precision", "recall", "lpips", "ssim", "diversity"]
     assert list(found) == order
-    for score in found.values():
+    for name, score in found.items():
         assert score.low <= score.value <= score.high and score.low < score.high
         assert np.isfinite(score.baseline) and score.source == "pixels" and "under" in score.warning
+        assert score.judged == (name in ("kid", "precision", "recall"))
     assert (found["fid"].n_real, found["fid"].n_fake) == (24, 20)
     assert (found["ssim"].n_real, found["ssim"].n_fake, found["diversity"].n_fake) == (20, 20, 20)
-    assert "2,048" in found["fid"].warning
+    assert "2,048" in found["fid"].warning and found["kid"].baseline == 0
 
     plain = Pixels()
     x, y = (plain(features.to_bytes(images)) for images in (real, fake))
-    assert found["fid"].value == pytest.approx(features.frechet_feature_distance(x, y), rel=1e-6)
-    first, second = halves(patients_of(24))
-    second = np.sort(np.random.default_rng(0).permutation(second)[:20])
-    baseline = features.frechet_feature_distance(x[first], x[second])
-    assert found["fid"].baseline == pytest.approx(baseline, rel=1e-6)
+    assert found["fid"].value == pytest.approx(float(frechet_distance(x, y)), rel=1e-6)
+    assert "baseline of 12 against 12 images" in found["fid"].warning
     assert found["lpips"].value == pytest.approx(float(mean_difference(real[:20], fake).mean()))
     assert found["lpips"].baseline == found["diversity"].baseline  # both of unrelated real slices
-    assert realism_of(real, fake, real[:20], draws=40) == found
+    assert realism_of(real, fake, real[:20]) == found
+
+
+def test_the_baseline_of_fid_is_the_mean_over_halves_in_equal_numbers():
+    generator = np.random.default_rng(0)
+    real, fake = (torch.from_numpy(generator.standard_normal((n, 4))) for n in (40, 9))
+    baseline, text = metrics.frechet_baseline(real, fake, patients_of(40), seed=0)
+    assert "baseline of 9 against 9 images" in text
+    known = []
+    for seed in range(200):
+        first, second = (
+            rows[:9] for rows in map(generator.permutation, halves(patients_of(40), seed))
+        )
+        known.append(float(frechet_distance(real[first], real[second])))
+    assert abs(baseline - np.mean(known)) < 3 * np.std(known) / metrics.FID_HALVINGS**0.5
 
 
 def test_scores_order_what_is_worse():
-    """Other patients reach the baseline, darker ones do not, and one sample repeated is no set."""
+    """Other patients are good; darker ones, and one sample repeated, are bad."""
     real = slices(48, seed=0, size=32)
     others = slices(40, seed=1, size=32)
     noise = torch.randn(others.shape, generator=torch.Generator().manual_seed(0))
@@ -248,7 +182,9 @@ def test_scores_order_what_is_worse():
         "darker": (others - 0.7).clamp(-1, 1),
         "same": others[:1] + 0.01 * noise,
     }.items():
-        found[name] = realism_of(real, fake, draws=20)
+        found[name] = realism_of(real, fake)
+    for name, word in (("others", "good"), ("darker", "bad"), ("same", "bad")):
+        assert judge([score for score in found[name].values() if score.margin]).word == word
     others, darker, same = (found[name] for name in ("others", "darker", "same"))
     for name in ("fid", "kid"):
         assert others[name].high < min(darker[name].low, same[name].low)
@@ -268,37 +204,30 @@ def test_slices_of_one_patient_are_no_more_evidence():
         (real.repeat_interleave(4, 0), patients_of(80, each=4)),
         (real.repeat_interleave(4, 0), patients_of(80, each=1)),
     ):
-        kid = realism_of(images, fake, patients=patients, draws=100)["kid"]
+        kid = realism_of(images, fake, patients=patients)["kid"]
         widths.append(kid.high - kid.low)
-    assert widths[1] > 0.8 * widths[0] and widths[2] < 0.8 * widths[1]
-
-
-def test_large_sets_have_fewer_resamples_and_say_so():
-    assert metrics.fid_draws(200, 200) == 200 and metrics.fid_draws(200, 50000) >= 20
-    generator = np.random.default_rng(0)
-    real, fake = generator.standard_normal((2, 500, 4))
-    names = [str(i) for i in range(500)]
-    fid = metrics.set_score("fid", real, fake, names, names, CPU, "normal", draws=50)
-    assert "interval from 40 resamples" in fid.warning and fid.low < fid.value < fid.high
+    assert widths[1] == pytest.approx(widths[0]) and widths[2] < 0.8 * widths[1]
 
 
 def test_too_few_images_or_patients_are_said():
-    images = slices(6, seed=0, size=32)
+    images = slices(9, seed=0, size=32)
     for score in realism_of(images[:0], images[:0], patients=[]).values():
         assert np.isnan([score.value, score.low, score.baseline]).all() and score.warning
-    found = realism_of(images[:5], images[5:], images[:1], patients=["p"] * 5)
+    found = realism_of(images[:5], images[5:6], images[:1], patients=["p"] * 5)
     assert "5 real images and 1 samples" in found["kid"].warning
     assert found["ssim"].value < 1 and "baseline" in found["ssim"].warning
-    fid = realism_of(images[:5], images, patients=["p"] * 5)["fid"]
-    assert fid.value > 0 and np.isnan([fid.low, fid.baseline]).all()
-    assert "one patient" in fid.warning and "baseline" in fid.warning
+    found = realism_of(images[:8], images, patients=["p"] * 8)
+    assert found["fid"].value > 0 and np.isnan([found["fid"].low, found["fid"].baseline]).all()
+    assert "baseline" in found["fid"].warning
+    for name in ("fid", "kid", "precision"):
+        assert "one patient" in found[name].warning and not found[name].judged
 
 
 def test_samples_without_a_pair_are_left_out_of_what_is_of_pairs():
     real, fake = slices(6, seed=0, size=32), slices(5, seed=1, size=32)
     some, all_paired = realism_of(real, fake, real[:3]), realism_of(real, fake[:3], real[:3])
     for name in ("lpips", "ssim"):
-        assert some[name] == all_paired[name] and some[name].n_fake == 3
+        assert some[name].value == all_paired[name].value and some[name].n_fake == 3
 
 
 # With the real networks.
@@ -317,7 +246,7 @@ def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets):
     state = torch.get_rng_state()
     networks = features.Networks(CPU)
     assert torch.equal(torch.get_rng_state(), state)
-    found = realism_of(real, fake, networks=networks, draws=2)
+    found = realism_of(real, fake, networks=networks, patients=patients_of(8, each=1))
 
     path = str(features.weight_file(features.INCEPTION))
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], path).eval()
@@ -330,8 +259,8 @@ def test_fid_kid_precision_and_recall_are_those_of_torch_fidelity(no_sockets):
     known = kid["kernel_inception_distance_mean"]
     assert found["kid"].value == pytest.approx(known, rel=1e-3, abs=1e-6)
     prc = prc_features_to_metric(y, x, verbose=False)
-    assert found["precision"].value == pytest.approx(prc["precision"], abs=1e-3)
-    assert found["recall"].value == pytest.approx(prc["recall"], abs=1e-3)
+    inside = within_balls(torch.cat([x, y]).double(), torch.arange(8))[:, 8:].any(0)
+    assert float(inside.double().mean()) == pytest.approx(prc["precision"], abs=1e-3)
     with open(path, "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest()[:12] in found["fid"].source
 

@@ -99,6 +99,14 @@ def test_every_number_word_and_fact_is_there():
     assert "nan" not in text.lower().replace("finance", "")
 
 
+def test_difference_and_margin_are_there_where_a_number_is_judged():
+    judged = replace(score(), difference=Estimate(9.25, 2.0, 30.0), margin=(-3.5, 3.5))
+    text = Reader(page(sections=[Section("S", scores=[judged, score("other")])])).text
+    for part in ("difference", "margin", "9.25 (5.165 to 13.33)", "-3.5 to 3.5"):
+        assert part in text, part
+    assert "margin" not in Reader(page()).text.partition("metric")[2].partition("source")[0]
+
+
 def test_hostile_text_stays_text_wherever_it_enters():
     plot = replace(histograms([1.0, 2.0], [2.0, 4.0], HOSTILE, HOSTILE), title=HOSTILE)
     section = Section(

@@ -20,9 +20,9 @@ from benchmarks import fuzz
 from fibldm import checkpoint, ct, limits, report
 from fibldm.encoding import LatentDataset
 from fibldm.evaluation import Picture
-from fibldm.verdicts import Score, Verdict
 from fibldm.tables import Split, read_table
 from fibldm.vae import VAE
+from fibldm.verdicts import Score, Verdict
 
 
 @pytest.mark.parametrize("name", fuzz.FORMATS)
