@@ -33,6 +33,7 @@ SHOWN = (
     *("fid", "kid", "precision", "recall", "diversity", "dice", "hd95_px", "mean", "sd"),
     *("high_attenuation", "glcm_contrast", "noise_power", "flagged"),
 )
+JUDGED = ("Realism", "Control", "Disease", "Privacy")
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,7 +74,7 @@ def write_samples(folder: Path, slices: list[tuple[np.ndarray, np.ndarray]]) -> 
 
 def main(args: argparse.Namespace) -> None:
     generator = np.random.default_rng(1)
-    found, seconds = {}, {}
+    found, words, seconds = {}, {}, {}
     model = args.vae_checkpoint and Synthesizer.from_checkpoints(args.vae_checkpoint)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -115,8 +116,9 @@ def main(args: argparse.Namespace) -> None:
             )  # fmt: skip
             write_report(evaluation, work / f"report_{i}")
             seconds[kind] = time.perf_counter() - start
-            groups = evaluation.groups.values()
-            found[kind] = {score.name: score for group in groups for score in group.scores}
+            groups = evaluation.groups
+            found[kind] = {one.name: one for group in groups.values() for one in group.scores}
+            words[kind] = {name: groups[name].verdict.word for name in JUDGED}
 
     def cell(score: Score | None, key: str) -> str:
         value = float("nan") if score is None else getattr(score, key)
@@ -128,6 +130,8 @@ def main(args: argparse.Namespace) -> None:
     for metric in names:
         cells = [cell(scores.get(metric), "value") for scores in found.values()]
         print(f"| {metric} | {cell(first[metric], 'baseline')} | {' | '.join(cells)} |")
+    for name in JUDGED:
+        print(f"| {name} | | {' | '.join(words[kind][name] for kind in found)} |")
     print("\nseconds: " + ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items()))
 
 

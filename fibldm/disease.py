@@ -323,7 +323,7 @@ class Limits:
 
 PIECE = 0.05  # share of the lungs' area from which a piece counts as a lung
 PERCENTILES, WIDER = (0.5, 99.5), 0.25  # of real slices; and by this part of their distance
-ENOUGH = 20  # real slices: with fewer their percentiles say little
+ENOUGH = 30  # real slices: with fewer other patients lie outside of their percentiles too often
 
 
 def count_lungs(mask: np.ndarray) -> int:
@@ -337,7 +337,7 @@ def limits_of(real: Sequence[Measures], lungs: Sequence[int]) -> Limits:
     """Limits from real slices: what `measure` and `count_lungs` gave of each.
 
     The 0.5th to 99.5th percentile, widened by a quarter of their distance to either side; numbers
-    of lungs that 1 % of the slices have. With fewer than 20 slices with lungs: those of `Limits`.
+    of lungs that 1 % of the slices have. With fewer than 30 slices with lungs: those of `Limits`.
     """
     rows = [i for i, row in enumerate(real) if np.isfinite(row["median"])]
     if len(rows) < ENOUGH:

@@ -90,19 +90,19 @@ def frechet_estimate(
 
 def kernel_sums(x: Tensor, y: Tensor, x_groups: np.ndarray, y_groups: np.ndarray) -> Tensor:
     """Sums (G, H) of KID's cubic kernel over pairs of rows, by the groups that these are of."""
+    numbers = [torch.from_numpy(groups).to(x.device) for groups in (x_groups, y_groups)]
+    counts = int(x_groups.max()) + 1, int(y_groups.max()) + 1
     members = [
-        torch.nn.functional.one_hot(torch.from_numpy(groups).to(x.device), int(groups.max()) + 1)
-        for groups in (x_groups, y_groups)
+        (some[:, None] == torch.arange(count, device=x.device)).double()
+        for some, count in zip(numbers, counts, strict=True)
     ]
-    sums = torch.zeros(
-        members[0].shape[1], members[1].shape[1], dtype=torch.float64, device=x.device
-    )
+    sums = torch.zeros(counts, dtype=torch.float64, device=x.device)
     for i in range(0, len(x), BLOCK):
         rows = np.s_[i : i + BLOCK]
         for j in range(0, len(y), BLOCK):
             columns = np.s_[j : j + BLOCK]
             kernel = (x[rows].double() @ y[columns].double().T / x.shape[1] + 1) ** 3
-            sums += members[0][rows].double().T @ (kernel @ members[1][columns].double())
+            sums += members[0][rows].T @ (kernel @ members[1][columns])
     return sums
 
 
@@ -124,7 +124,12 @@ def kernel_estimate(
         kernel_sums(fake, fake, groups[1], groups[1]),
         kernel_sums(real, fake, *groups),
     ]
-    within, within_other, across = (matrix.cpu().numpy() for matrix in sums)
+    flat = torch.cat([matrix.flatten() for matrix in sums]).cpu().numpy()  # the only wait for a GPU
+    places = np.cumsum([matrix.numel() for matrix in sums])[:-1]
+    within, within_other, across = (
+        some.reshape(matrix.shape)
+        for some, matrix in zip(np.split(flat, places), sums, strict=True)
+    )
     np.fill_diagonal(within, 0)
     np.fill_diagonal(within_other, 0)
     value = within.sum() / pairs(size) + within_other.sum() / pairs(other)

@@ -103,6 +103,8 @@ def read_inputs(
     notes += real_data.notes()
     if split in ("train", "all"):
         notes.append("WARNING: the real slices include training slices (--split).")
+    if split == "val" and any(row.split == "test" for row in table):
+        notes.append("Checkpoints were chosen on these patients (--split val): report on test.")
     which = "all" if split == "all" else f"the {split} split"
     patients, trained = ({row.patient_id for row in some} for some in (
         [table[row] for row in rows], train_rows,

@@ -102,8 +102,8 @@ def frechet_baseline(
             for rows in (first, second, generator.permutation(len(fake)))
         )
         ours = real[first]
-        found.append([frechet_distance(ours, real[second]), frechet_distance(ours, fake[some])])
-    baseline, value = torch.tensor(found).mean(0).tolist()
+        found += [frechet_distance(ours, real[second]), frechet_distance(ours, fake[some])]
+    baseline, value = torch.stack(found).reshape(-1, 2).mean(0).tolist()
     text = f"baseline of {count} against {count} images, where samples have {value:.4g}"
     if len(fake) < FID_IMAGES or len(real) < FID_IMAGES:
         text += f"; under {FID_IMAGES:,} images FID is biased up: compare at equal numbers"

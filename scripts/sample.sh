@@ -8,7 +8,7 @@ VAE_CHECKPOINT=./vae_run_1/vae_best.pth                                   # from
 UNET_CHECKPOINT=./model_runs/ldm_unet_run_1/unet_best.pth                 # from stage 3
 CONTROLNET_CHECKPOINT=./model_runs/controlnet_run_1/controlnet_best.pth   # from stage 4
 LATENT_DATA_DIR=./data/latents_dataset     # its contours are asked for
-SPLIT=val                                  # contours of which patients: train, val or test
+SPLIT=test                                 # contours of which patients: test to report, val to choose
 OUTPUT_DIR=./samples                       # gets the slices, samples.csv and grid.png
 
 NUM_SAMPLES=16                # contours are used in turn

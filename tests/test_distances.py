@@ -5,6 +5,7 @@ import pytest
 import torch
 from images import CPU
 from scipy import linalg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fibldm import disk, distances
 from fibldm.distances import among, frechet_distance, frechet_estimate, kernel_estimate, on_device
@@ -49,6 +50,28 @@ def test_kid_is_torchmetrics_and_leaves_out_pairs_of_one_patient(monkeypatch):
     assert kernel_estimate(ten, y, names(400), names(40)).value > known + 0.01
     monkeypatch.setattr(distances, "GROUPS", 10)  # many owners: by groups, unbiased all the same
     assert kernel_estimate(x, y, names(40), names(40)).value == pytest.approx(known, abs=0.15)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what one waits for a GPU for: numbers that are read, shapes that hang on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        slow = ("_local_scalar_dense", "nonzero", "masked_select")
+        self.count += any(name in str(function) for name in slow)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_number_is_read_before_all_are_there():
+    real, fake = torch.randn(40, 8), torch.randn(30, 8)
+    with Waits() as waits:
+        kernel_estimate(real, fake, names(40), names(30))
+        frechet_estimate(real, fake, names(40), names(30))
+        among(real, fake, names(40), names(30))
+        assert waits.count == 0
+        float(real.sum())
+        assert waits.count == 1
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.6])
