@@ -287,7 +287,6 @@ def control_scores(samples: ContourAgreement, real: ContourAgreement) -> list[Sc
             warnings.append("no real slices for a baseline")
         numbers = int(kept_real.sum()), int(kept.sum()), source, "; ".join(warnings)
         judged = difference(found, baseline), DICE_MARGIN if name == "dice" else ()
-        scores.append(
-            Score(name, found.value, *found.interval(), baseline.value, *numbers, *judged)
-        )
+        bounds = np.clip(found.interval(), 0, 1 if name == "dice" else np.inf).tolist()
+        scores.append(Score(name, found.value, *bounds, baseline.value, *numbers, *judged))
     return scores

@@ -30,8 +30,8 @@ JUDGEMENT = (
     "do not matter. Good: the interval of the difference reaches 0 or lies within the margin. "
     "Doubtful: it does not reach 0, but the difference is within the margin. Bad: it does not "
     "reach 0, and the difference is beyond the margin. A group is as good as its worst number. The "
-    "more numbers a group has, the wider the intervals of its verdict are: 2 % of real patients at "
-    "most are bad by chance. With few slices good only means that nothing bad was shown; the "
+    "more numbers a group has, the wider the intervals of its verdict are: 1 % of groups of real "
+    "patients are bad by chance. With few slices good only means that nothing bad was shown; the "
     "sentence then says how many more it takes. No verdict approves a use."
 )
 GLOSSARY = (

@@ -14,7 +14,8 @@ from scipy import stats
 WORDS = ("good", "doubtful", "bad", "not judged")  # of verdicts
 DASH = "\N{EN DASH}"  # for a number that is not there
 LEVEL = 0.95  # of an interval in a table
-FALSE_ALARMS = 0.02  # of a verdict, in real slices of other patients: all its numbers together
+FALSE_ALARMS = 0.01  # of a verdict, in real slices of other patients: all its numbers together
+RARE = 0.02  # so seldom chance may give a count that is called more than usual
 SAFE = ("kid",)  # its interval is too wide where nothing differs: in 1,000 draws it alarmed once
 NAMED = 3  # numbers that a verdict's sentence names
 
@@ -147,8 +148,8 @@ def word_of(score: Score, level: float) -> str:
 def judge(scores: Sequence[Score]) -> Verdict:
     """One verdict of several numbers: the worst of their words.
 
-    The more numbers, the wider each interval: of two groups of real patients, 2 % at most differ in
-    any number, on a side that counts (Bonferroni). Those of SAFE keep their 95 %.
+    The more numbers, the wider each interval: of two groups of real patients 1 % differ in any
+    number on a side that counts (Bonferroni). Those of SAFE keep their 95 %.
     """
     some = [score for score in scores if score.judged]
     if not some:
@@ -185,8 +186,8 @@ def described(score: Score, level: float) -> str:
 
 
 def margin_text(score: Score) -> str:
-    """A score's margin in words, a dash where it is not judged."""
-    if not score.margin:
+    """A score's margin in words, a dash where it has none."""
+    if not score.margin or not score.margin[0] < score.margin[1]:
         return DASH
     least, most = score.margin
     if math.isfinite(least + most):
@@ -206,7 +207,7 @@ def needed(scores: Sequence[Score], levels: Sequence[float]) -> str:
 
 def more_than(usual: float, count: int, total: int) -> bool:
     """Whether so many of a total are more than a usual share gives by chance (binomial)."""
-    return float(stats.binom.sf(count - 1, total, usual)) <= FALSE_ALARMS
+    return float(stats.binom.sf(count - 1, total, usual)) <= RARE
 
 
 # Groups of slices: patients.

@@ -77,7 +77,8 @@ def test_control_scores_count_what_they_leave_out():
     assert dice.difference.value == pytest.approx(dice.value - dice.baseline)
     share = 2 * asked[1].sum() / (asked[1].sum() + found[1].sum())
     assert dice.value == pytest.approx((1 + share + 1 + 0) / 4)
-    assert dice.low < dice.value < dice.high and dice.baseline > 0.8
+    assert 0 <= dice.low < dice.value < dice.high <= 1 and dice.baseline > 0.8
+    assert pixels.low == 0  # no distance is negative
     assert (dice.n_real, dice.n_fake, pixels.n_fake, mm.n_fake) == (3, 4, 3, 2)
     distance = metrics.hausdorff95(found[1:2], asked[1:2])[0]
     assert pixels.value == pytest.approx(distance / 3) and mm.value == pytest.approx(distance)
