@@ -47,6 +47,9 @@ QUANTITIES = {
 
 COMPARED = {**QUANTITIES, "noise_power": "noise power, upper half of frequencies (log10 HU² px²)"}
 
+SHARES = ("high_attenuation", "low_attenuation")  # skewed: their spread is that of log2
+LEAST_SHARE = 0.001  # less is none: about ten pixels
+
 # Texture: grey levels of 50 HU over lung and soft tissue; what lies beyond counts as the last one.
 GREY_LEVELS = np.arange(-950.0, 200.0, 50.0)  # edges between them
 ANGLES = (0.0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)  # of neighbours, one pixel apart
@@ -186,7 +189,8 @@ def compare(
     the same of the real slices. `noise_power` is the mean log10 of the upper half of FREQUENCIES.
     Spread: how far slices of different patients lie apart on average (Gini's mean difference, 1.13
     SD of a normal distribution): unlike an SD it does not grow with their number, nor hang on the
-    farthest few. Slices without a value are left out and counted in the warning.
+    farthest few. Of SHARES that of log2: 1 is a factor of 2 between two patients. Slices without a
+    value are left out and counted in the warning.
     """
     for what, rows, owners in (("real", real, patients), ("fake", fake, names)):
         if len(rows) != len(owners):
@@ -203,11 +207,14 @@ def compare(
         whose = [owner[has] for owner, has in zip(owners, kept, strict=True)]
         warning = "; ".join(_warnings(whose, kept))
         found = [mean_estimate(*side) for side in zip(columns, whose, strict=True)]
+        scale, of_mean = float(np.std(columns[0])) if kept[0].any() else np.nan, f"mean: {meaning}"
+        if name in SHARES:
+            meaning = f"log2 of {meaning}"
+            columns = [np.log2(np.maximum(column, LEAST_SHARE)) for column in columns]
         apart = [spread(*side) for side in zip(columns, whose, strict=True)]
-        scale = float(np.std(columns[0])) if len(columns[0]) else np.nan
         counts = len(columns[0]), len(columns[1])
         for rows, title, source, sides, margin in (
-            (means, name, f"mean: {meaning}", found, SHIFT_MARGIN * scale),
+            (means, name, of_mean, found, SHIFT_MARGIN * scale),
             (spreads, f"{name}, spread", f"between patients: {meaning}", apart,
              SPREAD_MARGIN * apart[0].value),
         ):  # fmt: skip
@@ -221,6 +228,7 @@ def compare(
 def spread(values: np.ndarray, owners: Sequence[str]) -> Estimate:
     """Gini's mean difference of values (N,) of different owners; NaN for one owner."""
     owner = np.unique(np.asarray(owners, str), return_inverse=True)[1]
+    values = values - (values.min() if len(values) else 0)  # equal values: 0 without rounding
     sums, others = _sums_of_distances(values), np.full(len(values), len(values))
     for rows in np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1]):
         sums[rows] -= _sums_of_distances(values[rows])

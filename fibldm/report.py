@@ -89,8 +89,9 @@ MEANINGS = {
     "VAE smooths, and shows as missing power there. A detector of synthetic slices sees it first. "
     "Reconstruction kernels of scanners differ as well: compare like with like.",
     "spread": "How far slices of two patients, or two samples, differ on average (Gini's mean "
-    "difference, 1.13 standard deviations of a normal distribution). Guidance narrows it: samples "
-    "then look alike, and mild and severe disease are missing.",
+    "difference, 1.13 standard deviations of a normal distribution). For high and low attenuation "
+    "in doublings (log2): 1 is a factor of 2. Guidance narrows it: samples then look alike, and "
+    "mild and severe disease are missing.",
     "copies": "A sample is flagged if it is nearer to a training slice than 99 % of slices of "
     "held-out patients, whom no model has seen: by correlation of latents, or of fine structure "
     "in pixels after alignment. About 1 % is flagged by chance, which is the baseline. Look at the "
