@@ -347,8 +347,8 @@ def privacy_group(
     privacy, model = search.privacy, search.model
     coders = (None, None) if model is None else (model.encode, model.decode)
     shares = privacy.scores(matches, names, draws, seed)
-    negative = privacy.negative_control(draws, seed)
-    positive = privacy.positive_control(*coders, draws=draws, seed=seed)
+    negative = privacy.negative_control()
+    positive = privacy.positive_control(*coders, seed=seed)
     flagged = sum(match.flagged for match in matches)
     share, nearest = flagged / len(matches), min(match.ratio for match in matches)
     missed = [score.name for score in positive if not score.value >= FOUND]

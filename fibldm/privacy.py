@@ -15,7 +15,7 @@ from scipy import ndimage as ndi
 
 from fibldm.encoding import LatentDataset
 from fibldm.likeness import THUMBNAIL, aligned_likeness, coarse_detail, thumbnails
-from fibldm.verdicts import Score, interval, resamples
+from fibldm.verdicts import Score, interval, resamples, share_interval
 
 LATENTS, PIXELS = "latents", "pixels"  # the spaces
 HELDOUT_SHARE = 0.01  # of held-out slices are nearer than the thresholds of all spaces together
@@ -238,24 +238,23 @@ class Privacy:
         rows = np.array([match.row for match in matches], int)
         picks = list(resamples(names, draws, seed))
 
-        def score(name: str, value: float, drawn: list[float], baseline: float) -> Score:
-            low, high = interval(drawn)
-            return Score(name, value, low, high, baseline, held, fake, source, self.caution())
+        def score(name: str, value: float, between: tuple[float, float], of_held: float) -> Score:
+            return Score(name, value, *between, of_held, held, fake, source, self.caution())
 
         false = self._false_flags()
         baseline = float("nan") if false is None else float(false.mean())
-        shares = [float(flagged[pick].mean()) for pick in picks]
+        between = share_interval(flagged, names)
         copied = len(np.unique(self.patients[rows[flagged]])) / len(np.unique(self.patients))
         found = [
-            score("samples flagged as copies", float(flagged.mean()), shares, baseline),
-            score("training patients copied", copied, [], float("nan")),  # no mean: no bootstrap
+            score("samples flagged as copies", float(flagged.mean()), between, baseline),
+            score("training patients copied", copied, interval([]), float("nan")),
         ]
         for name in self.spaces:
             values = np.array([match.distances[name] for match in matches])
             medians = [float(np.median(values[pick])) for pick in picks]
             baseline = float(np.median(self.heldout[name]))
             title = f"distance to the nearest training slice, {name}, median"
-            found.append(score(title, float(np.median(values)), medians, baseline))
+            found.append(score(title, float(np.median(values)), interval(medians), baseline))
         return found
 
     # Controls.
@@ -272,15 +271,14 @@ class Privacy:
                 flagged[left_out] |= self.heldout[name][left_out] < limit
         return flagged
 
-    def negative_control(self, draws: int = 200, seed: int = 0) -> Score:
+    def negative_control(self) -> Score:
         """The share of held-out slices flagged, by thresholds that other patients set."""
         flagged, count = self._false_flags(), len(self.heldout_patients)
         value = low = high = float("nan")
         warning = "one held-out patient: there is no other to set a threshold by"
         if flagged is not None:
             value = float(flagged.mean())
-            picks = resamples(self.heldout_patients, draws, seed)
-            low, high = interval([float(flagged[pick].mean()) for pick in picks])
+            low, high = share_interval(flagged, self.heldout_patients)
             warning = self.caution()
             if value > FALSE:
                 warning = f"more than {FALSE:.0%} of slices that are no copies. {warning}".strip()
@@ -292,7 +290,6 @@ class Privacy:
         encode: Images | None = None,
         decode: Images | None = None,
         count: int = 100,
-        draws: int = 200,
         seed: int = 0,
     ) -> list[Score]:
         """The shares of changed training slices that are flagged, and as their own patient's.
@@ -310,7 +307,6 @@ class Privacy:
         changed = altered_copies(images, seed)
         if encode is not None and decode is not None:
             changed["VAE round trip"] = np.clip(decode(encode(images)), -1, 1)
-        picks = list(resamples(self.patients[rows], draws, seed))
         scores = []
         for name, copies in changed.items():
             latents = encode(copies) if self.latents is not None else None
@@ -325,7 +321,7 @@ class Privacy:
                     f"below {FOUND:.0%}: such copies are missed; is a training patient among those "
                     f"held out? {warning}"
                 ).strip()
-            low, high = interval([float(found[pick].mean()) for pick in picks])
+            low, high = share_interval(found, self.patients[rows])
             scores.append(
                 Score(
                     f"copies found: {name}", value, low, high, float("nan"),

@@ -16,6 +16,7 @@ from fibldm.verdicts import (
     mean_estimate,
     more_than,
     resamples,
+    share_interval,
 )
 
 NAN = float("nan")
@@ -62,6 +63,22 @@ def test_intervals_of_differences_hold_them_as_often_as_they_say(each):
         low, high = difference(*sides).interval()
         covered += low <= 0.3 <= high
     assert 0.92 <= covered / 1000 <= 0.97
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5])
+@pytest.mark.parametrize("each", [1, 10])
+def test_intervals_of_shares_hold_them(share, each):
+    """Also of none: that 0 of 60 are copies does not show that there are none."""
+    generator, covered = np.random.default_rng(0), 0
+    owners = np.arange(60).repeat(each).astype(str)
+    for _ in range(500):
+        flags = (generator.random(60) < share).repeat(each)
+        low, high = share_interval(flags, owners)
+        covered += low <= share <= high
+    assert 0.92 <= covered / 500 <= 0.99
+    low, high = share_interval(np.zeros(60 * each, bool), owners)
+    assert low == 0 and high == pytest.approx(0.06, abs=0.005)
+    assert np.isnan(share_interval(np.zeros(3, bool), ["p"] * 3)).all()
 
 
 def test_slices_of_one_patient_are_one_observation():
