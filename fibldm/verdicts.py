@@ -23,8 +23,7 @@ OWN_LEVELS = {  # of numbers that do not share the false alarms of their group
 NAMED = 3  # numbers that a verdict's sentence names
 
 # The margins: differences within them do not matter. One side is open where it is no fault. They
-# were chosen by what is below on one half of a public CT set, and checked on the other half
-# (benchmarks/verdicts.py).
+# were chosen by what is said below, in a public CT set; docs/evaluation.md has how often they err.
 KID_MARGIN = (-math.inf, 0.005)  # a blur of 0.7 px or noise of 50 HU costs 0.02
 SHARE_MARGIN = (-0.1, math.inf)  # of precision and recall; the same cost 0.2 to 0.4
 DICE_MARGIN = (-0.05, math.inf)  # contours two pixels too wide cost 0.04, four pixels off 0.06
