@@ -3,6 +3,7 @@
 import struct
 
 import imagecodecs
+import numpy as np
 from pydicom import uid
 from pydicom.pixels import get_decoder
 from pydicom.pixels.decoders.base import DecodeRunner
@@ -25,6 +26,8 @@ DECODER_DEPENDENCIES = dict.fromkeys(DECODERS, ("imagecodecs",))  # pydicom asks
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers that size follows
 BOXED = b"\0\0\0\x0cjP  "  # a JP2 file around a JPEG 2000 stream
 JPEG_2000 = b"\xff\x4f\xff\x51"
+ENDS_EARLY = "compressed pixels end early"
+STARTS = (b"\xff\xd8", JPEG_2000, BOXED)
 DATA, END = (b"\xff\xda", b"\xff\x93"), b"\xff\xd9"  # markers of JPEG and JPEG 2000, in no data
 
 
@@ -59,7 +62,22 @@ def require_end(stream: bytes) -> None:
     Some decoders make up what is missing.
     """
     if stream.rfind(END) < max(map(stream.rfind, DATA)):
-        raise ValueError(f"compressed pixels end early, after {len(stream):,} bytes: cut short")
+        raise ValueError(f"{ENDS_EARLY}, after {len(stream):,} bytes: cut short")
+
+
+def decode_whole(stream: bytes, syntax: str) -> np.ndarray:
+    """The values of a stream. ValueError where it ends early, though an end is marked.
+
+    Then the decoder takes what is put before that mark for data.
+    """
+    require_end(stream)
+    decode = DECODERS[syntax]
+    values = decode(stream)
+    if decode is imagecodecs.jpeg8_decode:
+        end = stream.rfind(END)
+        if not np.array_equal(values, decode(stream[:end] + b"\x55\xaa" * 64 + END)):
+            raise ValueError(f"{ENDS_EARLY}: some are missing")
+    return values
 
 
 def is_available(syntax: str) -> bool:
@@ -74,8 +92,7 @@ def decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
     expected = runner.rows, runner.columns
     found = coded_shape(stream)  # before the decoder takes memory by it
     if found == expected:
-        require_end(stream)
-        frame = DECODERS[runner.transfer_syntax](stream)
+        frame = decode_whole(stream, runner.transfer_syntax)
         found = frame.shape
     if found != expected:
         raise ValueError(f"compressed pixels of shape {found}, expected {expected}")

@@ -1,11 +1,14 @@
 """DICOM: the HU of a slice, upright."""
 
+import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom import uid
+from pydicom.encaps import generate_fragments, parse_basic_offsets
 from pydicom.pixels import apply_modality_lut, pixel_array
 from scipy import ndimage
 
@@ -93,6 +96,29 @@ def read_frame(dataset: pydicom.Dataset, frame: int = 0) -> np.ndarray:
     if not np.isfinite(hu).all():
         raise ValueError(f"{int((~np.isfinite(hu)).sum())} values are not finite")
     return hu
+
+
+def require_frames(dataset: pydicom.Dataset) -> None:
+    """ValueError where the pixel data are of more frames, or of fewer, than NumberOfFrames says.
+
+    Else a part of them is not seen, or frames are taken for others.
+    """
+    expected, pixels = int(dataset.get("NumberOfFrames") or 1), dataset.get("PixelData") or b""
+    syntax = uid.UID(dataset.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian))
+    if syntax.is_encapsulated and syntax != uid.DeflatedExplicitVRLittleEndian:
+        buffer = io.BytesIO(pixels)
+        offsets = parse_basic_offsets(buffer)
+        parts = list(generate_fragments(buffer))
+        starts = sum(part.startswith(decoders.STARTS) for part in parts)
+        found = len(offsets) if len(offsets) > 1 else len(parts)
+        if found > expected and syntax != uid.RLELossless:  # a frame may have several parts
+            found = max(starts, expected)
+    else:
+        sizes = [int(dataset.get(n) or 1) for n in ("Rows", "Columns", "SamplesPerPixel")]
+        size = math.prod(sizes) * int(dataset.get("BitsAllocated") or 8) // 8
+        found = max(len(pixels) // max(size, 1), expected)  # pydicom says where they are fewer
+    if found != expected:
+        raise ValueError(f"pixel data of {found} frames, but NumberOfFrames is {expected}")
 
 
 def _spare_bits(dataset: pydicom.Dataset, stored: np.ndarray) -> int:

@@ -43,6 +43,7 @@ def find_files(
             left_out.append(LeftOut(str(error.filename), f"cannot be opened: {error.strerror}"))
 
         visited = {exclude.resolve()}  # also what links lead back to
+        hidden: list[Path] = []
         for name, folders, names in os.walk(top, onerror=refuse, followlinks=True):
             folder = Path(name)
             is_output = folder != top and json_object(folder / "dataset.json").get("key_check")
@@ -52,10 +53,14 @@ def find_files(
                 folders.clear()
                 continue
             visited.add(folder.resolve())
+            hidden += [folder / name for name in (*folders, *names) if name.startswith(".")]
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (folder / name for name in sorted(names) if not name.startswith(".")):
                 if path.is_file():
                     found.setdefault(path.resolve(), (path, top))
+        if hidden:
+            what = f"hidden: {len(hidden)} files and folders, as {hidden[0].name}"
+            left_out.append(LeftOut(str(hidden[0].parent), what))
     return list(found.values()), left_out
 
 

@@ -207,7 +207,7 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         str(dataset.get("StudyInstanceUID") or f"without UID in {path.parent}"),
         " ".join(_text(dataset, "PatientID")),
         " ".join(_text(dataset, "PatientName")),
-        tuple(" ".join(_text(dataset, name)) for name in ("PatientBirthDate", "PatientSex")),
+        tuple(" ".join(_text(dataset, n)) for n in ("PatientBirthDate", "PatientSex")),
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
         tuple(_number(dataset, name) for name in ("AcquisitionNumber", "InstanceNumber")),
         orientation,

@@ -111,6 +111,26 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
+def is_nifti(start: bytes) -> bool:
+    """Whether a file that starts so is NIfTI in one file, gzipped or not."""
+    if start[:2] == b"\x1f\x8b":
+        try:
+            start = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(start, 352)
+        except zlib.error:
+            return False
+    return start[344:348] == b"n+1\0" or start[4:8] == b"n+2\0"
+
+
+def require_gzip(path: Path) -> None:
+    """ValueError where a gzipped file is not as it was packed: nibabel does not read its end."""
+    with gzip.open(path, "rb") as file:
+        try:
+            while file.read(PIECE):
+                pass
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"gzipped, and damaged: {error}") from error
+
+
 def require_nifti(path: Path) -> None:
     """ValueError where a NIfTI header puts the voxels far behind itself.
 

@@ -13,6 +13,7 @@ from fibldm.tables import Row, check_patients, same_name
 PLACEHOLDERS = frozenset(  # what programs write for a patient's ID
     [
         *("anon", "anonym", "anonymous", "anonymized", "anonymised", "deidentified", "removed"),
+        *("de", "identified", "redacted", "nan", "nn", "patientid", "unbekannt"),
         *("default", "dummy", "id", "na", "name", "no", "none", "null", "patient", "test"),
         *("undefined", "unknown"),
     ]
@@ -44,16 +45,40 @@ def unify(series: list[Series], patterned: bool) -> tuple[list[Series], dict[str
         for (key, _), name in zip(pairs, names, strict=True):
             spellings[groups[key]].add(name)
         chosen = [min(spellings[groups[key]]) for key, _ in pairs]
-        aliases = {one.patient: name for one, name in zip(series, chosen, strict=True)}
+        found = defaultdict(set)
+        for one, name in zip(series, chosen, strict=True):
+            found[name].add(one.patient)
+        for one, name in zip(series, chosen, strict=True):
+            if aliases.get(one.patient) == one.patient:  # a placeholder of several keeps its name
+                aliases[one.patient] = one.patient if one.patient in found else name
         united = [replace(one, patient=new) for one, new in zip(series, chosen, strict=True)]
-        found = {name: {n for n in aliases if aliases[n] == name} for name in chosen}
         notes = [_of_names(found[name]) for name in sorted(found) if len(found[name]) > 1]
         notes += _doubts(united)
+    united = _merged(united)
     rows = [Row("", "", one.patient, "", s.split) for one in united for s in one.sources]
     torn = check_patients("the inputs", [row for row in rows if row.split])
     if torn:
         raise ValueError(torn[0].message)
     return united, aliases, notes
+
+
+def _merged(series: list[Series]) -> list[Series]:
+    """Series of one patient and one place as one: rows of a table, files of a folder."""
+    groups = defaultdict(list)
+    for one in series:
+        groups[one.kind, one.patient, one.place].append(one)
+    return [
+        group[0]
+        if len(group) == 1
+        else replace(
+            group[0],
+            sources=[source for one in group for source in one.sources],
+            contents=[content for one in group for content in one.contents],
+            fingerprint=" ".join(one.fingerprint for one in group),
+            notes=[note for one in group for note in one.notes],
+        )
+        for group in groups.values()
+    ]
 
 
 def _names(series: list[Series]) -> list[str]:
@@ -104,7 +129,8 @@ def _doubts(series: list[Series]) -> list[str]:
     for name, group in groups.items():
         studies = {one.study for one in group if one.study}
         facts = [
-            {fact for fact in what if fact} for what in zip(*(g.person for g in group), strict=True)
+            {same_name(fact) for fact in what if fact}
+            for what in zip(*(one.person for one in group), strict=True)
         ]
         people = [fact for what in facts if len(what) > 1 for fact in what]
         tables = {one.place for one in group if one.kind == "table"}
@@ -112,7 +138,7 @@ def _doubts(series: list[Series]) -> list[str]:
         for doubtful, why, remedy in (
             (len(studies) > 1 and is_placeholder(name), f"{len(studies)} studies have this ID, "
              "which may stand for anybody", PATTERN),
-            (bool(people), f"birth date or sex differ: {_some(people)}", PATTERN),
+            (bool(people), f"name, birth date or sex differ: {_some(people)}", PATTERN),
             (len(tables) > 1, f"several tables name it: {_some(tables)}", "name them apart there"),
             (len(tops) > 1, f"it is a name in several inputs: {_some(tops)}",
              "give the folder that holds these as the input"),

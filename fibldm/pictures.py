@@ -64,6 +64,8 @@ def decode_tiff(path: Path, most: int, marks: bool) -> tuple[np.ndarray, bool]:
     with open_tiff(path) as file:
         parts = pages(path, file, most)
         for page in file.pages:
+            if not all(page.databytecounts):
+                raise ValueError("parts of the picture are not there: damaged")
             if page.compression in JPEG_IN_TIFF:
                 offsets = page.dataoffsets, page.databytecounts
                 for data, _ in file.filehandle.read_segments(*offsets):

@@ -21,7 +21,7 @@ from fibldm.files import LeftOut
 from fibldm.patients import unify
 from fibldm.series import Options, Series, find_series
 from fibldm.slices import INTERCEPT, Prepared, Settings, prepare_all
-from fibldm.tables import format_csv, list_some, read_csv
+from fibldm.tables import format_csv, list_some, read_csv, same_name
 
 COLUMNS = ("image", "contour", "patient_id", "label", "split", "position", "pixel_spacing")
 REPORT = ("series", "what", "reason")  # columns of the table of all that is left out
@@ -107,8 +107,9 @@ def prepare(
 def _named(labels: Mapping[str, str], aliases: Mapping[str, str]) -> dict[str, str]:
     """Labels by the names that patients have here; ValueError where two names of one disagree."""
     named: dict[str, str] = {}
+    of_spelling = {same_name(alias): name for alias, name in aliases.items()}
     for patient, label in labels.items():
-        name = aliases.get(patient, patient)
+        name = aliases.get(patient) or of_spelling.get(same_name(patient), patient)
         if named.setdefault(name, label) != label:
             raise ValueError(
                 f"--labels: {patient} is {label}, but the same patient is {named[name]}"
@@ -146,14 +147,15 @@ class Pseudonyms:
 class Job:
     """A series to be made, the name of its record, and what the record will hold.
 
-    fingerprint: a hash of all that its slices follow from. contents: hashes of its files.
+    fingerprint: a hash of all that its slices follow from. facts: what else its record keeps,
+    hashed: contents of its files, its patient's name in any spelling, its study or its table.
     replaced: records of the same files under other names.
     """
 
     series: Series
     name: str
     fingerprint: str
-    contents: list[str]
+    facts: dict[str, list[str] | str]
     replaced: set[str]
 
 
@@ -166,20 +168,23 @@ def _plan(
     whosever they were thought to be, or of some of them and the same patient. It is said.
     """
     records = {path.stem: _read_json(path) for path in _records(output)}
-    holders: dict[str, set[str]] = defaultdict(set)  # content -> records that have it
-    for name, record in records.items():
-        for content in record["contents"]:
-            holders[content].add(name)
     own = {}
     for one in series:
         place = names.of("place", f"{one.kind} {one.patient} {one.place}", 16)
         own[f"{names.of('patient', one.patient)}_{place}"] = one
-    jobs, unchanged, notes = {}, set(), []
+    assert len(own) == len(series)
+    notes = _of_earlier_runs(records, own, output, names)
+    holders: dict[str, set[str]] = defaultdict(set)  # content -> records that have it
+    for name, record in records.items():
+        for content in record["contents"]:
+            holders[content].add(name)
+    jobs, unchanged = {}, set()
     for name, one in own.items():
         contents = [names.of("content", content, 16) for content in one.contents]
+        facts = {"contents": contents, **_marks(one, names)}
         fingerprint = names.of("fingerprint", f"{settings} {one.fingerprint}")
         sharing = set().union(*(holders[content] for content in contents)) - own.keys()
-        others = {other for other in sharing if _is_same(other, records[other], name, contents)}
+        others = {n for n in sharing if _is_same(n, records[n], name, contents, one.kind)}
         notes += _shared(one.name, sorted(others), sorted(sharing - others))
         record = records.get(name, {"fingerprint": None, "contents": [], "rows": []})
         gone = set(record["contents"]) - set(contents)
@@ -191,20 +196,67 @@ def _plan(
         files = [output / row[column] for row in record["rows"] for column in ("image", "contour")]
         if record["fingerprint"] == fingerprint and all(file.is_file() for file in files):
             unchanged.add(name)
-            if record["contents"] != contents:  # as earlier versions identified files
-                _write_record(output, name, {**record, "contents": contents})
+            if {**record, **facts} != record:  # as earlier versions identified files
+                _write_record(output, name, {**record, **facts})
             _remove_records(output, others)
         else:
-            jobs[f"{name}_{fingerprint[:6]}"] = Job(one, name, fingerprint, contents, others)
+            jobs[f"{name}_{fingerprint[:6]}"] = Job(one, name, fingerprint, facts, others)
             notes += one.notes
     return jobs, unchanged, notes
 
 
-def _is_same(other: str, record: dict, name: str, contents: list[str]) -> bool:
-    """Whether a series `name` of these contents is what the record `other` was made of."""
+def _marks(one: Series, names: Pseudonyms) -> dict[str, str]:
+    """What tells in a later run that a series is of this person, study or table."""
+    marks = {"person": names.of("person", same_name(one.patient), 16)}
+    if one.study:
+        marks["study"] = names.of("study", one.study, 16)
+    if one.kind == "table":
+        marks["table"] = names.of("table", one.place, 16)
+    return marks
+
+
+def _of_earlier_runs(
+    records: dict[str, dict], own: dict[str, Series], output: Path, names: Pseudonyms
+) -> list[str]:
+    """Notes on records that no input makes now; those of tables that are given again go."""
+    notes = []
+    marks = {name: _marks(one, names) for name, one in own.items()}
+    tables = {mark["table"]: own[name].place for name, mark in marks.items() if "table" in mark}
+    others = {name: record for name, record in records.items() if name not in own}
+    gone = {name: r["table"] for name, r in others.items() if r.get("table") in tables}
+    for table in sorted(set(gone.values())):
+        left = sorted(name for name in gone if gone[name] == table)
+        notes.append(
+            f"{tables[table]}: {len(left)} patients of an earlier run are in no line any more, and "
+            f"their slices are removed: {', '.join(name.partition('_')[0] for name in left)}"
+        )
+        _remove_records(output, left)
+        for name in left:
+            del records[name], others[name]
+    for what in "study", "person":
+        before = {r[what]: name for name, r in others.items() if r.get(what)}
+        for name, mark in marks.items():
+            other = before.get(mark.get(what))
+            if other and other.partition("_")[0] != name.partition("_")[0]:
+                notes.append(
+                    f"{own[name].name}: an earlier run has the same {what} as another patient "
+                    f"({other.partition('_')[0]}); give all folders at once, with --overwrite"
+                )
+    if others:
+        notes.append(
+            f"{len(others)} series of earlier runs are in none of these inputs; their slices stay"
+        )
+    return notes
+
+
+def _is_same(other: str, record: dict, name: str, contents: list[str], kind: str) -> bool:
+    """Whether a series `name` of these contents is what the record `other` was made of.
+
+    DICOM's UIDs alone do not tell: some software gives the same ones to several patients.
+    """
     before, now = set(record["contents"]), set(contents)
     of_patient = other.partition("_")[0] == name.partition("_")[0]
-    return before == now or (of_patient and before < now)
+    return (before == now and kind != "dicom") or (of_patient and before <= now)
 
 
 def _shared(where: str, replaced: list[str], kept: list[str]) -> list[str]:
@@ -344,7 +396,7 @@ def _keep(output: Path, job: Job, result: Prepared) -> list[tuple[str, LeftOut]]
     file = output / "series" / f"{job.name}.json"
     if result.error is None:
         rows = [{**row, "patient_id": job.name.partition("_")[0]} for row in result.rows]
-        record = {"fingerprint": job.fingerprint, "contents": job.contents, "rows": rows}
+        record = {"fingerprint": job.fingerprint, "rows": rows, **job.facts}
         _write_record(output, job.name, record)
         _remove_records(output, job.replaced)
     elif result.error:

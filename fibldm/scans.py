@@ -52,7 +52,9 @@ def _read_dicom(source: Source, opened: dict) -> Slice:
     header = source.header
     try:
         if opened.get("path") != source.path:
-            opened |= {"path": source.path, "file": dicom.read_file(source.path)}
+            dataset = dicom.read_file(source.path)
+            dicom.require_frames(dataset)
+            opened |= {"path": source.path, "file": dataset}
         hu = dicom.read_frame(opened["file"], header.frame)
     except Exception as error:  # decoders raise anything on damaged files
         raise ValueError(f"{source.path}: {error}") from error

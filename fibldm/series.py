@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fibldm import ct, disk, volumes
+from fibldm import ct, disk, limits, volumes
 from fibldm.files import LeftOut, find_files, json_object, natural, stem
 from fibldm.headers import Header, arrange, read_all_headers
 from fibldm.tables import (
@@ -63,8 +63,8 @@ class Series:
     place: where it was found, or its SeriesInstanceUID. contents: what identifies each of its files
     whatever their names. fingerprint: all that its slices follow from. top: the input that it lies
     below. study: its DICOM study. nameless: whether the study stands for an absent PatientID.
-    person: birth date and sex, "" where unknown. All these identify people: they stay in memory
-    and on the user's terminal.
+    person: birth date, sex and name, "" where unknown. All these identify people: they stay in
+    memory and on the user's terminal.
     """
 
     kind: str  # dicom, table, images or volume
@@ -78,7 +78,7 @@ class Series:
     top: str = ""
     study: str = ""
     nameless: bool = False
-    person: tuple[str, str] = ("", "")
+    person: tuple[str, ...] = ("", "", "")
 
 
 def find_series(
@@ -91,7 +91,8 @@ def find_series(
     """
     files, left_out = find_files(inputs, exclude)
     search = _Search(options, left_out)
-    tables = {path.parent: path for path, _ in files if path.name.lower() == "label.csv"}
+    tables = {p.resolve().parent: p for p, _ in files if p.name.lower() == "label.csv"}
+    _require_tables_above({path.resolve() for path, _ in files}, inputs)
     for table in tables.values():
         search.add_table(table)
 
@@ -103,18 +104,18 @@ def find_series(
             continue
         try:
             kind = volumes.kind_of(path)
-            if kind == "jpeg":
+            is_mask = options.mask_suffix and stem(path).endswith(options.mask_suffix)
+            if kind == "jpeg" and not is_mask:
                 raise ValueError("a JPEG picture, whose HU are lost")
         except ValueError as error:
             search.leave_out(path, error)
             continue
-        owner = next((tables[folder] for folder in path.parents if folder in tables), None)
+        owner = next((tables[p] for p in path.resolve().parents if p in tables), None)
         if kind and owner:
             search.leave_out(path, f"not listed: in {owner}, whose folder it lies in")
             continue
-        suffix = options.mask_suffix
-        if kind and suffix and stem(path).endswith(suffix):
-            search.masks[path.parent, stem(path)[: -len(suffix)]] = path
+        if kind and is_mask:
+            search.masks[path.parent, stem(path).removesuffix(options.mask_suffix)] = path
         elif kind:
             kinds[kind].append((path, top))
         elif path.name != "dataset.json":
@@ -128,6 +129,23 @@ def find_series(
         what = f"{len(paths)} files {suffix or 'without suffix'}, as {paths[0].name}"
         search.leave_out(paths[0].parent, f"of a kind that is not read: {what}")
     return search.series, search.left_out
+
+
+def _require_tables_above(files: set[Path], inputs: Sequence[Path]) -> None:
+    """ValueError where a label.csv above the inputs lists some of their files."""
+    for folder in {parent for top in inputs for parent in top.resolve().parents}:
+        table = folder / "label.csv"
+        if table in files or not table.is_file():
+            continue
+        try:
+            listed = label_columns(table, read_csv(table))[0]["image"]
+        except (OSError, ValueError):  # of something else
+            continue
+        if any((folder / name).resolve() in files for name in listed if limits.inside(name)):
+            raise ValueError(
+                f"{table} lists files of the inputs, and lies outside of them: give {folder}, so "
+                "that its patients, splits and contours are taken"
+            )
 
 
 def _hash(*values) -> str:
@@ -223,15 +241,16 @@ class _Search:
 
     def add_dicom(self, files: list[tuple[Path, Path]], workers: int) -> None:
         """DICOM files, each with its input's folder, by SeriesInstanceUID, in order."""
-        groups: dict[str, list[Header]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[Header]] = defaultdict(list)
         tops = dict(files)
         for path, headers in zip(tops, read_all_headers(list(tops), workers), strict=True):
             if isinstance(headers, str):
                 self.leave_out(path, headers)
                 continue
-            for header in headers:
-                groups[header.series].append(header)
-        for uid, headers in groups.items():
+            for header in headers:  # some software gives one SeriesInstanceUID to several studies
+                groups[header.series, header.study].append(header)
+        studies = Counter(uid for uid, _ in groups)
+        for (uid, study), headers in groups.items():
             folder = os.path.commonpath([header.path.parent for header in headers])
             try:
                 kept, out, notes = arrange(headers)
@@ -252,9 +271,7 @@ class _Search:
                 self.leave_out(f"{folder} (series {uid})", error)
                 continue
             sources = [Source(h.path, h, mask) for h, mask in zip(kept, masks, strict=True)]
-            # UIDs alone do not identify: some software gives the same ones to several series.
-            of = [h.patient or h.name or f"study {h.study}" for h in kept]
-            contents = [f"{who} {h.series} {h.uid}" for who, h in zip(of, kept, strict=True)]
+            contents = [f"{h.study} {h.series} {h.uid}" for h in kept]
             fingerprint = _hash(facts)
             first = max(kept, key=lambda header: (bool(header.patient), bool(header.name)))
             patient = next(iter(found)) or first.patient or first.name
@@ -262,15 +279,15 @@ class _Search:
                 Series(
                     "dicom",
                     folder,
-                    patient or f"study {first.study}",
-                    uid,
+                    patient or f"study {study}",
+                    uid if studies[uid] == 1 else f"{uid} of {study}",
                     sources,
                     contents,
                     fingerprint,
                     notes,
-                    study=first.study,
+                    study=study,
                     nameless=not patient,
-                    person=first.person,
+                    person=(*first.person, first.name),
                 )
             )
 
@@ -314,11 +331,14 @@ class _Search:
                 flat[path.parent, patient, str(top)].append(item)
 
         # A volume is named by its file, or by its folder where others have a file of that name.
-        folders = defaultdict(set)
+        folders, stems = defaultdict(set), defaultdict(set)
         for source, *_ in deep:
             folders[stem(source.path)].add(source.path.parent)
+            stems[source.path.parent].add(stem(source.path))
         for source, content, fingerprint, patient, folder, top in deep:
             name, place = stem(source.path), str(source.path)
+            if len(stems[source.path.parent]) > 1:
+                folder = f"{folder}/{name}"
             patient = patient or (name if len(folders[name]) == 1 else folder)
             of = [source], [content], fingerprint
             self.series.append(Series("volume", place, patient, place, *of, top=top))
@@ -367,6 +387,11 @@ def _table_rows(table: Path, frame: pd.DataFrame) -> list[_TableRow]:
         raise ValueError(
             f"{table}: {len(bad)} lines with what is no number or split:{list_some(bad)}"
         )
+    owners: dict[Path, str] = {}
+    for row in rows:
+        if owners.setdefault(row.files[0], row.patient) != row.patient:
+            two = f"{owners[row.files[0]]} and {row.patient}"
+            raise ValueError(f"{table}: {row.files[0]} is listed as of two patients: {two}")
     torn = check_patients(table, [Row("", "", row.patient, "", row.told[-1]) for row in rows])
     if torn:
         raise ValueError(torn[0].message)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from fibldm import limits
 from fibldm.disk import replace_text
 
 SPLITS = ("train", "val", "test")
+SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".dcm", ".nii", ".gz", ".jpg")  # in no column's name
+PATIENT = ("patient", "patientid")  # other names of patient_id, without spaces and the like
 OF_SLICES = ("patient_id", "label", "split", "position", "pixel_spacing")  # no files
 SHOWN = 20  # of a list of bad rows in an error
 SHOWN_OF_LINE = 200  # characters
@@ -323,6 +326,11 @@ def label_columns(csv_file: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, li
     notes, names = [], list(frame.columns)
     columns = [name.lower() for name in names]
     require_one_of_each(csv_file, columns)
+    if files := [name for name in columns if name.endswith(SUFFIXES)]:
+        raise ValueError(f"{csv_file}: {files[0]!r} in the first line, expected names of columns")
+    plain = [re.sub(r"[^a-z]", "", name) for name in columns]
+    if "patient_id" not in columns and (found := [n for n in plain if n in PATIENT]):
+        columns[plain.index(found[0])] = "patient_id"
     if "image" not in columns:
         columns[columns[0] == "contour"] = "image"
     second = columns.index("image") + 1
@@ -341,13 +349,21 @@ def label_columns(csv_file: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, li
         )
     else:
         notes += _alike(csv_file, frame["patient_id"].unique())
+        blank = frame.index[frame["patient_id"] == ""].astype(str)
+        if 0 < len(blank) < len(frame):
+            notes.append(
+                f"WARNING: {csv_file}: {len(blank)} lines have no patient_id, and each counts as a "
+                f"patient of its own: {', '.join(blank[:SHOWN])}"
+            )
     lacking = {"contour", "patient_id", "label", "split"} - set(columns)
     return frame.assign(**dict.fromkeys(lacking, "")), notes
 
 
 def same_name(patient: str) -> str:
-    """What is equal for names that differ in case and spaces alone."""
-    return " ".join(patient.split()).casefold()
+    """What is equal for names that differ in case, spaces and the way they are encoded alone."""
+    text = unicodedata.normalize("NFKC", patient)
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(text.split()).casefold()
 
 
 def _alike(csv_file: Path, patients: Iterable[str]) -> list[str]:

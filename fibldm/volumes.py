@@ -11,6 +11,7 @@ import numpy as np
 from fibldm import arrays, dicom, limits, pictures
 
 AXIAL = 0.94  # cosine: axes may be tilted by 20 degrees
+SAME_SIZE = 0.02  # of a voxel: sform and qform may differ by rounding
 MM = {"meter": 1000.0, "micron": 0.001}  # of a unit; others are taken as mm
 MAGIC = {  # how files of a kind begin
     **{"png": b"\x89PNG", "jpeg": b"\xff\xd8", "tiff": (b"II*\0", b"MM\0*", b"II+\0")},
@@ -52,7 +53,7 @@ def kind_of(path: Path) -> str | None:
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(132)
+            start = file.read(4096)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
@@ -64,6 +65,8 @@ def kind_of(path: Path) -> str | None:
     for kind, magic in MAGIC.items():
         if start.startswith(magic):
             return kind
+    if limits.is_nifti(start):
+        return "nifti"
     return next((kind for kind, suffix in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
@@ -118,6 +121,7 @@ def decode(
                     warnings.simplefilter("ignore")
                     dataset = dicom.read_file(path)
                     limits.require_one_frame(int(dataset.get("NumberOfFrames") or 1))
+                    dicom.require_frames(dataset)
                     volume = Volume(dicom.read_frame(dataset), kind)
             elif kind == "npy":
                 values = np.load(path, mmap_mode="r", allow_pickle=False)  # no larger than the file
@@ -201,7 +205,9 @@ def _open_nifti(path: Path) -> nibabel.Nifti1Image:
     """By content: some files are gzipped under the name .nii, or plain under .nii.gz."""
     limits.require_nifti(path)
     packed = limits.is_gzip(path)
-    if packed == path.name.lower().endswith(".gz"):
+    if packed:
+        limits.require_gzip(path)
+    if path.name.lower().endswith(".nii.gz" if packed else ".nii"):
         return nibabel.load(path)
     return nibabel.Nifti1Image.from_stream((gzip.open if packed else open)(path, "rb"))
 
@@ -227,6 +233,20 @@ def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray | None:
         raise ValueError(
             f"{path}: sform and qform contradict each other, so left and right are unknown: axes "
             f"run to {axes[0]} and to {axes[1]}; set both to the right one (nibabel's set_sform)"
+        )
+    sizes, cosines = [], []
+    for affine in sound:
+        sizes.append(np.linalg.norm(affine[:3, :3], axis=0))
+        cosines.append(affine[:3, :3] / sizes[-1])
+    if len(sound) == 2 and not np.allclose(*sizes, rtol=SAME_SIZE):
+        raise ValueError(
+            f"{path}: sform and qform contradict each other: voxels of {np.round(sizes[0], 3)} and "
+            f"of {np.round(sizes[1], 3)} mm; set both to the right one (nibabel's set_sform)"
+        )
+    if len(sound) == 2 and (cosines[0] * cosines[1]).sum(axis=0).min() < AXIAL:
+        raise ValueError(
+            f"{path}: sform and qform contradict each other: their axes are more than 20 degrees "
+            "apart; set both to the right one (nibabel's set_sform)"
         )
     return sound[0] if sound else None
 

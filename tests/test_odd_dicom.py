@@ -6,7 +6,7 @@ import pydicom
 import pytest
 from pydicom import uid
 from pydicom.encaps import encapsulate
-from scans import SIZE, ct_dataset, ct_datasets, scan, write_dicom
+from scans import SIZE, ct_dataset, ct_datasets, enhanced, scan, write_dicom
 from test_prepare_data import assert_is_the_scan, prepare, rows_of, volume_of
 
 from fibldm import dicom, volumes
@@ -213,3 +213,43 @@ def test_what_else_is_named_dicom_is_told_by_its_content(tmp_path):
     (tmp_path / "scan.npy").rename(tmp_path / "scan.dcm")
     assert volumes.kind_of(tmp_path / "scan.dcm") == "npy"
     assert len(rows_of(prepare(tmp_path, "--output_dir", tmp_path / "data"))) == 5
+
+
+@pytest.mark.parametrize("codec", ["JPEG Lossless", "JPEG, 12 bits"])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_an_end_that_is_put_behind_a_part_is_no_end(tmp_path, capsys, codec, share):
+    def cut(stream):
+        return stream[: int(len(stream) * share)] + b"\xff\xd9"
+
+    write_dicom(tmp_path / "in", compressed(codec, cut))
+    assert len(rows_of(prepare(tmp_path / "in"))) == 4
+    assert "compressed pixels end early" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parts", [3, 4, 6, 10])
+def test_frames_that_are_lost_or_not_told_are_refused(tmp_path, parts):
+    """Else those behind a lost one are taken for others."""
+    dataset = enhanced()
+    volume = np.frombuffer(dataset.PixelData, "<u2").reshape(5, SIZE, SIZE)
+    streams = [bytes(plain_2000(frame)) for frame in volume]
+    dataset.PixelData = encapsulate((streams * 2)[:parts], has_bot=False)
+    dataset.file_meta.TransferSyntaxUID = uid.JPEG2000Lossless
+    write_dicom(tmp_path / "in", [dataset])
+    with pytest.raises(ValueError, match="no slice is usable"):
+        prepare(tmp_path / "in")
+    dataset.PixelData = encapsulate(streams, fragments_per_frame=2)
+    write_dicom(tmp_path / "in", [dataset])
+    assert_is_the_scan(prepare(tmp_path / "in"))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_frames_without_their_number_are_refused(tmp_path, packed):
+    (dataset,) = ct_datasets()[:1]
+    stored = stored_of(dataset)
+    dataset.PixelData = stored.tobytes() * 3
+    if packed:
+        dataset.PixelData = encapsulate([bytes(plain_2000(stored))] * 3)
+        dataset.file_meta.TransferSyntaxUID = uid.JPEG2000Lossless
+    (path,) = write_dicom(tmp_path, [dataset])
+    with pytest.raises(ValueError, match="pixel data of 3 frames, but NumberOfFrames is 1"):
+        volumes.decode(path)

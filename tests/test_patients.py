@@ -142,3 +142,137 @@ def test_placeholders():
         assert is_placeholder(name), name
     for name in ("1", "11", "P7", "anon1", "MRN-4711", "patient 3", "x7"):
         assert not is_placeholder(name), name
+
+
+# Nothing vanishes, also in a later run.
+
+
+def test_spellings_of_one_patient_in_one_table_are_one_series(tmp_path):
+    listed(tmp_path / "in", listing().replace("p1,val", "P0,train"))
+    data = prepare(tmp_path / "in", "--min_lung_area", 0)
+    assert len(rows_of(data)) == 10 and patients(data) == 1
+
+
+def test_a_file_beside_its_folder_is_one_series(tmp_path):
+    folder = tmp_path / "in" / "p1"
+    folder.mkdir(parents=True)
+    for i, hu in enumerate(scan()):
+        np.save(folder / f"s{i}.npy", hu)
+    data = prepare(folder / "s0.npy", tmp_path / "in", "--output_dir", tmp_path / "data")
+    assert len(rows_of(data)) == 5
+
+
+def test_rows_that_are_deleted_or_renamed_go_in_the_next_run(tmp_path, capsys):
+    listed(tmp_path / "in", listing())
+    options = (tmp_path / "in", "--min_lung_area", 0)
+    assert len(rows_of(prepare(*options))) == 10
+    lines = listing().replace("p1,val", "q1,val").splitlines()
+    (tmp_path / "in" / "label.csv").write_text("\n".join(lines[:-1]))
+    data = prepare(*options)
+    assert len(rows_of(data)) == 9 and patients(data) == 2
+    assert any("1 patients of an earlier run are in no line any more" in n for n in notes(capsys))
+    (tmp_path / "in" / "label.csv").write_text("\n".join(lines[:6]))
+    data = prepare(*options)
+    assert len(rows_of(data)) == 5 and {row["split"] for row in rows_of(data)} == {"train"}
+    assert len(list((data / "images").iterdir())) == 5
+
+
+def test_what_no_input_makes_any_more_is_counted(tmp_path, capsys):
+    study(tmp_path / "in", 0, "P1", "1")
+    study(tmp_path / "in", 1, "P2", "2")
+    prepare(tmp_path / "in")
+    data = prepare(tmp_path / "in" / "s0", "--output_dir", tmp_path / "data")
+    assert patients(data) == 2
+    assert any("1 series of earlier runs are in none of these inputs" in n for n in notes(capsys))
+
+
+@pytest.mark.parametrize(("name", "what"), [("P8", "study"), ("p7 ", "study"), ("P  7", "person")])
+def test_a_patient_who_has_another_name_in_a_later_run_is_told(tmp_path, capsys, name, what):
+    study(tmp_path / "a", 0, "P7" if what == "study" else "P 7", "1")
+    study(tmp_path / "b", 1, name, "1" if what == "study" else "2")
+    for folder in "ab":
+        prepare(tmp_path / folder, "--output_dir", tmp_path / "data")
+    assert any(f"the same {what} as another patient" in note for note in notes(capsys))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_below_its_table_is_refused(tmp_path, link):
+    listed(tmp_path / "in", listing())
+    top = tmp_path / "in" / "images"
+    if link:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "link").symlink_to(top)
+        top = tmp_path / "other" / "link"
+    with pytest.raises(ValueError, match="lists files of the inputs, and lies outside"):
+        prepare(top, "--output_dir", tmp_path / "data")
+    lines = listing().splitlines()
+    (tmp_path / "in" / "label.csv").write_text("\n".join(lines[:6]))
+    inputs = [tmp_path / "other"] * link + [tmp_path / "in"]
+    data = prepare(*inputs, "--output_dir", tmp_path / "data", "--min_lung_area", 0)
+    assert len(rows_of(data)) == 5 and patients(data) == 1
+
+
+def test_lines_without_a_patient_are_told(tmp_path, capsys):
+    listed(tmp_path / "in", listing().replace("p1_2.png,p1,val", "p1_2.png,,val"))
+    assert patients(prepare(tmp_path / "in", "--min_lung_area", 0)) == 3
+    assert any("1 lines have no patient_id" in note and "9" in note for note in notes(capsys))
+
+
+def test_a_table_without_names_of_columns_is_refused(tmp_path):
+    listed(tmp_path / "in", "\n".join(listing().splitlines()[1:]))
+    with pytest.raises(ValueError, match=r"'images/p0_0\.png' in the first line"):
+        prepare(tmp_path / "in")
+
+
+@pytest.mark.parametrize("header", ["image,mask,patient,split", "slice,lung,PatientID,split"])
+def test_other_names_of_patient_id(tmp_path, header):
+    listed(tmp_path / "in", listing(header))
+    assert patients(prepare(tmp_path / "in", "--min_lung_area", 0)) == 2
+
+
+def test_an_image_of_two_patients_is_an_error(tmp_path):
+    listed(tmp_path / "in", listing() + "images/p0_0.png,masks/p0_0.png,p1,val\n")
+    with pytest.raises(ValueError, match=r"p0_0\.png is listed as of two patients: p0 and p1"):
+        prepare(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["", "ANON"])
+def test_one_series_uid_in_two_studies_is_two_series(tmp_path, name):
+    for number in range(2):
+        study(tmp_path / "in", number, name, str(number), SeriesInstanceUID="1.9")
+    data = prepare(tmp_path / "in")
+    assert len(rows_of(data)) == 10 and patients(data) == (1 if name else 2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_placeholder_in_the_study_of_a_name_leaves_others_their_labels(tmp_path, order):
+    numbers = ["1", "2"][::order]
+    study(tmp_path / "in", 0, "P7", numbers[0])
+    study(tmp_path / "in", 1, "ANONYMOUS", numbers[0])
+    study(tmp_path / "in", 2, "ANONYMOUS", numbers[1])
+    (tmp_path / "labels.csv").write_text("patient_id,label\nANONYMOUS,a\nP7,b\n")
+    data = prepare(tmp_path / "in", "--labels", tmp_path / "labels.csv")
+    assert sorted(row["label"] for row in rows_of(data)) == ["a"] * 5 + ["b"] * 10
+
+
+@pytest.mark.parametrize("spelling", ["p7", " P7", "P7\u200b", "\uff307"])
+def test_labels_in_any_spelling(tmp_path, spelling):
+    study(tmp_path / "in", 0, "P7", "1")
+    (tmp_path / "labels.csv").write_text(f"patient_id,label\n{spelling},a\n")
+    data = prepare(tmp_path / "in", "--labels", tmp_path / "labels.csv")
+    assert {row["label"] for row in rows_of(data)} == {"a"}
+
+
+def test_volumes_of_one_name_in_folders_of_several_are_patients_each(tmp_path):
+    for i, name in enumerate(["A/001", "A/002", "B/001", "B/002"]):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nifti(scan(i)), tmp_path / "in" / f"{name}.nii")
+    assert patients(prepare(tmp_path / "in")) == 4
+
+
+def test_hidden_files_are_counted(tmp_path, capsys):
+    study(tmp_path / "in", 0, "P7", "1")
+    study(tmp_path / "in" / ".cache", 1, "P8", "2")
+    (tmp_path / "in" / "._IM000").write_text("x")
+    assert patients(prepare(tmp_path / "in")) == 1
+    assert "2 files and folders, as " in capsys.readouterr().out
