@@ -24,6 +24,8 @@ STYLES = ("filled", "outline")  # of contours
 PNG_LEVELS = 65535  # of the PNG files that are written, above 0
 PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
 FLAT = 0.5  # of neighbours that are marked: so many at least are alike in a label map
+SCALES = (100, 255, 1000, 4095, 65535, np.inf)  # what is certain, in whole numbers
+ROUNDING = 1e-3  # below 0, of the maximum
 
 
 def hu_to_unit(hu: np.ndarray, window: Window = DEFAULT_WINDOW) -> np.ndarray:
@@ -160,39 +162,47 @@ def scale_to_hu(
 
 
 def as_mask(array: np.ndarray) -> np.ndarray:
-    """What a mask, outline or label map marks, bool of the same shape, of a slice or a volume.
+    """What a mask, outline or label map marks, bool of the same shape: of a slice, or of all masks
+    of a series, which are cut alike.
 
     Whole numbers that are few (0 and 1, 0 and 255, labels), or alike side by side (more labels):
-    all that is not 0. Probabilities, up to 1: what exceeds 0.5. Others (an anti-aliased mask): what
-    exceeds half of 255, of 65535 above it, or of the maximum where they are no whole numbers.
-    ValueError for negative values, values not finite, and pictures, such as a CT slice.
+    all that is not 0. Probabilities, up to 1: what exceeds 0.5. Others (an anti-aliased mask, per
+    cent): what exceeds half of the next of SCALES, or of the maximum where they are no whole
+    numbers. ValueError for negative values, values not finite, and pictures, such as a CT slice.
     """
     if array.dtype == bool:
         return array
     if not np.isfinite(array).all():
         raise ValueError(f"{int((~np.isfinite(array)).sum())} values are not finite")
-    if array.size and array.min() < 0:
+    high = array.max(initial=0)
+    if array.size and array.min() < -ROUNDING * max(high, 1):
         raise ValueError(f"values from {array.min()}, expected a contour: 0 outside, more inside")
     whole = bool((array == np.round(array)).all())
-    if whole and len(np.unique(array)) <= pictures.LABELS:
+    if whole and (len(np.unique(array)) <= pictures.LABELS or _is_flat(array, high)):
         return array > 0
-    high = array.max()
     between = (array > 0.1 * high) & (array < 0.9 * high)
-    if whole and between.sum() > (array >= 0.9 * high).sum() and _is_flat(array):
-        return array > 0
     if between.mean() > PICTURE:
         raise ValueError(
             f"a picture rather than a contour: {between.mean():.0%} of its values lie between 10% "
             f"and 90% of its maximum {high:g}; expected a mask, an outline or a label map"
         )
-    scales = (255, 65535, high) if whole else (1, high)
+    # The largest value of a series tells per cent from bytes; that of a slice may be of few.
+    scales = (1, high) if not whole else SCALES if array.ndim > 2 else (255, 65535, high)
     return array > next(scale for scale in scales if scale >= high) / 2
 
 
-def _is_flat(array: np.ndarray) -> bool:
-    """Whether most marked neighbours in a row are alike, as labels are, and greys are not."""
-    left, right = array[..., :-1], array[..., 1:]
-    return bool((left == right)[(left > 0) & (right > 0)].mean() >= FLAT)
+def _is_flat(array: np.ndarray, high: float) -> bool:
+    """Whether most neighbours that are marked, but not by the highest value, are alike: labels are.
+
+    The rim of an anti-aliased mask, whose inside has the highest value, is not.
+    """
+    same = total = 0
+    inner = (array > 0) & (array < high)
+    for axis in (-1, -2):
+        one, other = (np.moveaxis(array, axis, 0)[part] for part in (np.s_[1:], np.s_[:-1]))
+        both = np.logical_and(*(np.moveaxis(inner, axis, 0)[p] for p in (np.s_[1:], np.s_[:-1])))
+        same, total = same + np.count_nonzero((one == other) & both), total + both.sum()
+    return total > 0 and same >= FLAT * total
 
 
 def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every format is decoded in one place: told by content, upright, and nothing read wrongly."""
 
+import gzip
 import itertools
 import struct
 import uuid
@@ -447,3 +448,66 @@ def test_nan_around_the_field_of_view_is_air_and_within_it_an_error(tmp_path):
     np.save(tmp_path / "b.npy", hu)
     with pytest.raises(ValueError, match="1 values are not finite"):
         ct.read_hu(tmp_path / "b.npy")
+
+
+@pytest.mark.parametrize("name", ["s", "s.gz", "s.nii.gz.1", "s.img.gz", "s.dcm", "s.bin", "s.nii"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_nifti_is_told_by_its_content(tmp_path, name, packed):
+    nibabel.save(upright_nifti(SMALL), tmp_path / f"a.nii{'.gz' * packed}")
+    (tmp_path / f"a.nii{'.gz' * packed}").rename(tmp_path / name)
+    assert volumes.kind_of(tmp_path / name) == "nifti"
+    np.testing.assert_array_equal(volumes.decode(tmp_path / name).values.shape, (3, 5, 4))
+
+
+SMALL = np.arange(60, dtype=np.int16).reshape(4, 5, 3)
+
+
+@pytest.mark.parametrize("damage", ["flip", "checksum", "trailer"])
+def test_damaged_gzip_is_refused(tmp_path, damage):
+    path = tmp_path / "a.nii.gz"
+    nibabel.save(upright_nifti(np.arange(2**18, dtype=np.int32).reshape(64, 64, 64)), path)
+    content = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), 0))
+    if damage == "flip":
+        content[-200] ^= 1
+    elif damage == "checksum":
+        content[-8] ^= 1
+    else:
+        del content[-4:]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: .*gzipped, and damaged"):
+        volumes.decode(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (np.diag([2.0, 2.0, 1.0, 1.0]), "voxels of"),
+        (np.array([[0.8, -0.6, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "20 degrees"),
+        (np.diag([1.001, 1.001, 1.0, 1.0]), None),
+    ],
+)
+def test_sform_and_qform_that_differ_in_size_or_angle(tmp_path, change, said):
+    image = upright_nifti(SMALL)
+    image.set_qform(image.affine, 1)
+    image.set_sform(change @ image.affine, 1)
+    nibabel.save(image, tmp_path / "a.nii")
+    if said is None:
+        volumes.decode(tmp_path / "a.nii")
+        return
+    with pytest.raises(ValueError, match=f"contradict each other: .*{said}"):
+        volumes.decode(tmp_path / "a.nii")
+
+
+def test_a_tiff_whose_parts_are_not_there_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, GREY, rowsperstrip=10)
+    with tifffile.TiffFile(path) as file:
+        counts = file.pages[0].databytecounts
+    content, packed = path.read_bytes(), np.array(counts, "<u2").tobytes()
+    if content.count(packed) != 1:
+        packed = np.array(counts, "<u4").tobytes()
+    assert content.count(packed) == 1
+    size = len(packed) // len(counts)
+    path.write_bytes(content.replace(packed, packed[:-size] + bytes(size)))
+    with pytest.raises(ValueError, match="parts of the picture are not there"):
+        volumes.decode(path)
