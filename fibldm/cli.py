@@ -285,6 +285,9 @@ def run_script(main, parse_args) -> None:
         distributed.leave(1)
 
     sys.excepthook = end_at_once
+    for stream in sys.stdout, sys.stderr:  # a terminal's encoding may lack letters of names
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args, code = argparse.Namespace(), 0
     try:
         args = parse_args()

@@ -23,8 +23,8 @@ SCALE_REMEDY = (
 STYLES = ("filled", "outline")  # of contours
 PNG_LEVELS = 65535  # of the PNG files that are written, above 0
 PICTURE = 0.2  # of an array's values between black and white: more make a picture, not a contour
-FLAT = 0.5  # of neighbours that are marked: so many at least are alike in a label map
-SCALES = (100, 255, 1000, 4095, 65535, np.inf)  # what is certain, in whole numbers
+FLAT = 0.5  # of neighbours that a label marks: so many at least are alike
+SCALES = (100, 255, 1000, 4095, 65535)  # what is certain, in whole numbers
 ROUNDING = 1e-3  # below 0, of the maximum
 
 
@@ -187,22 +187,35 @@ def as_mask(array: np.ndarray) -> np.ndarray:
             f"and 90% of its maximum {high:g}; expected a mask, an outline or a label map"
         )
     # The largest value of a series tells per cent from bytes; that of a slice may be of few.
-    scales = (1, high) if not whole else SCALES if array.ndim > 2 else (255, 65535, high)
+    certain = SCALES if array.ndim > 2 else (255, 65535)
+    scales = (*(certain if whole else [1]), high)
     return array > next(scale for scale in scales if scale >= high) / 2
 
 
 def _is_flat(array: np.ndarray, high: float) -> bool:
-    """Whether most neighbours that are marked, but not by the highest value, are alike: labels are.
+    """Whether of most values that mark neighbours, but the highest, most are alike: labels are.
 
-    The rim of an anti-aliased mask, whose inside has the highest value, is not.
+    In rows and in columns. The rim of an anti-aliased mask, whose inside has the highest value, is
+    not.
     """
-    same = total = 0
-    inner = (array > 0) & (array < high)
-    for axis in (-1, -2):
-        one, other = (np.moveaxis(array, axis, 0)[part] for part in (np.s_[1:], np.s_[:-1]))
-        both = np.logical_and(*(np.moveaxis(inner, axis, 0)[p] for p in (np.s_[1:], np.s_[:-1])))
-        same, total = same + np.count_nonzero((one == other) & both), total + both.sum()
-    return total > 0 and same >= FLAT * total
+    for one, other in (
+        (array[..., 1:], array[..., :-1]),
+        (array[..., 1:, :], array[..., :-1, :]),
+    ):
+        inner = (one > 0) & (other > 0) & (one < high) & (other < high)
+        value = np.unique(one[inner], return_inverse=True)[1]
+        alike = np.bincount(value, one[inner] == other[inner])
+        if not len(alike) or (alike / np.bincount(value)).mean() < FLAT:
+            return False
+    return True
+
+
+def read_levels(path: str | Path, channels: int = 1) -> np.ndarray:
+    """What a contour's file holds, labels or levels, (H, W) or of K channels (H, W, channels)."""
+    array, _ = decode(path, marks=True)
+    if array.ndim == 3 and array.shape[2] in (2, 3, 4) and channels != array.shape[2]:
+        array = pictures.mark_levels(array, Path(path))
+    return array
 
 
 def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
@@ -211,9 +224,7 @@ def read_contour(path: str | Path, channels: int = 1) -> np.ndarray:
     With one channel: what the file marks, by `as_mask`. With K channels the file is a label map
     (0 outside, label k in channel k - 1) or an image of K channels, each taken by `as_mask`.
     """
-    array, _ = decode(path, marks=True)
-    if array.ndim == 3 and array.shape[2] in (2, 3, 4) and channels != array.shape[2]:
-        array = pictures.mark_levels(array, Path(path))
+    array = read_levels(path, channels)
     try:
         return as_contour(np.moveaxis(array, 2, 0) if array.ndim == 3 else array, channels)
     except ValueError as error:

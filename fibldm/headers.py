@@ -19,10 +19,13 @@ AXIAL = 0.94  # cosine: slices may be tilted by 20 degrees
 SAME_PLACE = 0.01  # mm
 NO_PLACE = "no ImagePositionPatient: its place is unknown"
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # orientation
-# Words of ImageType, FrameType and descriptions of what is computed of many slices, and is no HU.
+# What is computed of many slices, or is no HU, by words of ImageType, FrameType and descriptions,
+# and by those of ImageType alone.
 PROJECTIONS = re.compile(
-    r"\b(MIPS?|MIN ?IP|MAX ?IP|VRT|SSD|MINIMUM|MAXIMUM|SUBTRACTION|PROJECTION)\b"
+    r"\b(\w*M(AX|IN)?IPS?\d*|M(AX|IN)(IMUM)? ?I(NT|NTENSITY)?[ _]?P\w*|AIP|(AVERAGE|AVG|AV) IP"
+    r"|RAY ?SUM|VRT?|SSD|(VOLUME|SURFACE)[ _]RENDER\w*|SUBTRACT\w*|IODINE|PERFUSION)\b"
 )
+PROJECTED = re.compile(r"\b(MINIMUM|MAXIMUM|MEAN|SUBTRACTION|PROJECTION|PROJECTED)\b")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Header:
     person: tuple[str, str]
     uid: str
     number: tuple[int, int]
+    location: float
     orientation: tuple[float, ...]
     corner: tuple[float, ...]
     spacing: tuple[float, ...] | None
@@ -82,13 +86,9 @@ _HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality"),
     *("PatientID", "PatientName", "ImageType", "AcquisitionNumber", "InstanceNumber", "Rows"),
     *("Columns", "NumberOfFrames", "PhotometricInterpretation", "DirectoryRecordSequence"),
-    *(
-        "Manufacturer",
-        "SeriesDescription",
-        "DerivationDescription",
-        "PatientBirthDate",
-        "PatientSex",
-    ),
+    *("Manufacturer", "SeriesDescription", "DerivationDescription", "PatientBirthDate"),
+    "PatientSex",
+    *("VolumeBasedCalculationTechnique", "SliceLocation"),
     *_PLACE,
     *_SEQUENCES,
 )
@@ -157,8 +157,16 @@ def _text(dataset: pydicom.Dataset, *names: str) -> list[str]:
 
 def _number(dataset: pydicom.Dataset, name: str) -> int:
     """A whole number, the first where there is more, as in 1A; 0 without one."""
-    digits = re.search(r"\d+", " ".join(_text(dataset, name)))
+    digits = re.search(r"-?\d+", " ".join(_text(dataset, name)))
     return int(digits.group()) if digits else 0
+
+
+def _location(dataset: pydicom.Dataset) -> float:
+    """SliceLocation, 0 without one."""
+    try:
+        return float((_text(dataset, "SliceLocation") or ["0"])[0])
+    except ValueError:
+        return 0.0
 
 
 def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> Header:
@@ -172,11 +180,12 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
     )
     kind = dicom.group(dataset, "CTImageFrameTypeSequence", frame)
     image_type = _text(kind, "FrameType") or _text(dataset, "ImageType")
+    image_type += _text(kind, "VolumeBasedCalculationTechnique")
     described = _text(dataset, "SeriesDescription", "DerivationDescription")
     image_type, described = (
         re.sub(r"[^A-Z0-9]+", " ", " ".join(part).upper()) for part in (image_type, described)
     )
-    projection = PROJECTIONS.search(f"{image_type} | {described}")
+    projection = PROJECTIONS.search(f"{image_type} | {described}") or PROJECTED.search(image_type)
     problem = None
     if dataset.get("Modality") != "CT":
         problem = f"not CT: modality {dataset.get('Modality') or 'unknown'}"
@@ -210,6 +219,7 @@ def _header(path: Path, dataset: pydicom.Dataset, frame: int, frames: int) -> He
         tuple(" ".join(_text(dataset, n)) for n in ("PatientBirthDate", "PatientSex")),
         f"{dataset.get('SOPInstanceUID') or path} {frame}",
         tuple(_number(dataset, name) for name in ("AcquisitionNumber", "InstanceNumber")),
+        _location(dataset),
         orientation,
         corner,
         spacing or None,
@@ -265,19 +275,32 @@ def arrange(headers: list[Header]) -> tuple[list[Header], list[tuple[str, str]],
 
 
 def _placed(headers: list[Header]) -> tuple[list[Header], list[str]]:
-    """Slices that all lack a position, one behind the other by their InstanceNumber; a note."""
-    order = {(header.number[1], header.frame) for header in headers}
-    lost = [header.problem == NO_PLACE for header in headers]
-    if not all(lost) or len(order) < len(headers) or min(n for n, _ in order) < 1:
+    """Slices that all lack a position, one behind the other by their InstanceNumber; a note.
+
+    By SliceLocation where the numbers do not tell. Positions that are all 0 are none.
+    """
+    usable = [h for h in headers if h.problem in (None, NO_PLACE)]
+    if len(usable) < 2 or any(header.problem is None and any(header.corner) for header in usable):
         return headers, []
+    orders = {
+        "InstanceNumber": [(header.number[1], header.frame) for header in usable],
+        "SliceLocation": [(-header.location, header.frame) for header in usable],
+    }
+    what = next((name for name, order in orders.items() if len({*order}) == len(usable)), None)
+    if what is None:
+        return headers, []
+    places = dict(zip(map(id, usable), orders[what], strict=True))
+    ranks = {place: rank for rank, place in enumerate(sorted(orders[what]))}
     placed = [
-        replace(header, corner=(0.0, 0.0, -float(header.number[1]) - header.frame), problem=None)
+        replace(header, corner=(0.0, 0.0, -float(ranks[places[id(header)]])), problem=None)
+        if id(header) in places
+        else header
         for header in headers
     ]
     return placed, [
-        f"{headers[0].where}: {len(headers)} slices without ImagePositionPatient are taken in the "
-        "order of InstanceNumber, from head to feet, and upright as their ImageOrientationPatient "
-        "says, where they have one; look at them"
+        f"{usable[0].where}: {len(usable)} slices without ImagePositionPatient are taken in the "
+        f"order of {what}, from head to feet, and upright as their ImageOrientationPatient says, "
+        "where they have one; look at them"
     ]
 
 

@@ -1,5 +1,6 @@
 """PNG, TIFF and other pictures: their values; and what masks mark by palette and transparency."""
 
+import re
 from pathlib import Path
 
 import imagecodecs
@@ -83,6 +84,13 @@ def decode_tiff(path: Path, most: int, marks: bool) -> tuple[np.ndarray, bool]:
     return np.moveaxis(values, axes.index("S"), -1), True
 
 
+def is_of_several_files(path: Path) -> bool:
+    """Whether a TIFF file's OME-XML says that it is a part of a volume in several files."""
+    with open_tiff(path) as file:
+        description = file.pages[0].description if len(file.pages) else ""
+    return len(set(re.findall(r'FileName="([^"]+)"', description))) > 1
+
+
 def pages(path: Path, file: tifffile.TiffFile, most: int) -> list[tifffile.TiffPageSeries]:
     """The pictures of a TIFF file, all of one size and kind."""
     limits.require_tiff(path, file, most)
@@ -102,6 +110,8 @@ def mark_levels(values: np.ndarray, path: Path) -> np.ndarray:
     """
     has_alpha = values.shape[-1] in (2, 4)
     colours = (values[..., :-1] if has_alpha else values).max(axis=-1)
+    if not has_alpha and colours.all():
+        raise ValueError(f"{path}: colours everywhere, expected a mask: black outside")
     if not has_alpha or (values[..., -1] == values.flat[-1]).all():
         return colours
     opacity = values[..., -1]

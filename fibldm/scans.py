@@ -36,14 +36,15 @@ def read_series(series: Series, options: Options) -> Iterator[Slice | LeftOut]:
     if series.kind == "volume":
         yield from _read_volume(series.sources[0], options)
         return
-    opened: dict = {}  # the file read last: a multi-frame one holds the next slices too
+    # The file read last: a multi-frame one holds the next slices too. Masks that are cut alike.
+    opened: dict = {"masks": _read_masks(series, options)}
     for source in series.sources:
         where = source.header.where if source.header else str(source.path)
         try:
             if source.header is not None:
                 yield _read_dicom(source, opened)
             else:
-                yield _read_picture(source, series.kind, options)
+                yield _read_picture(source, series.kind, options, opened["masks"])
         except ValueError as error:
             yield LeftOut(where, str(error).removeprefix(f"{source.path}: "))
 
@@ -68,7 +69,9 @@ def _read_dicom(source: Source, opened: dict) -> Slice:
     elif source.mask is not None and header.frames > 1:
         raise ValueError(f"{source.mask}: one slice, expected a NIfTI volume for several frames")
     elif source.mask is not None:
-        mask = dicom.upright(ct.read_contour(source.mask)[0], header.orientation)
+        mask = opened["masks"].get(source.mask)
+        mask = ct.read_contour(source.mask)[0] if mask is None else mask
+        mask = dicom.upright(mask, header.orientation)
     mask = _same_shape(mask, hu, source.mask)
     turned = abs(header.orientation[0]) < abs(header.orientation[1])
     spacing = header.spacing[::-1] if header.spacing and turned else header.spacing
@@ -94,7 +97,30 @@ def _require_near(path: Path, shift: Iterable[float], where: str) -> None:
         )
 
 
-def _read_picture(source: Source, kind: str, options: Options) -> Slice:
+def _read_masks(series: Series, options: Options) -> dict[Path, np.ndarray]:
+    """Masks of a slice each, bool (H, W), by their files: all of a series are cut alike.
+
+    None where they are of several sizes or can't be read, which is said of each. Those of a table
+    are read as the stages read them, one by one.
+    """
+    paths = dict.fromkeys(source.mask for source in series.sources if source.mask is not None)
+    if series.kind == "table" or len(paths) < 2:
+        return {}
+    levels = {}
+    try:
+        for path in paths:
+            is_dicom = series.kind == "dicom"
+            levels[path] = ct.read_levels(path) if is_dicom else _read_mask(path, options).values[0]
+        same = len({array.shape for array in levels.values()}) == 1
+        masks = ct.as_mask(np.stack(list(levels.values()))) if same else []
+    except ValueError:
+        masks = []
+    return dict(zip(levels, masks, strict=False))
+
+
+def _read_picture(
+    source: Source, kind: str, options: Options, masks: dict[Path, np.ndarray]
+) -> Slice:
     """A 2D file and its mask. Those of a table are read as the stages read them."""
     mask = height = None
     spacing = (source.spacing, source.spacing) if source.spacing else None
@@ -107,7 +133,9 @@ def _read_picture(source: Source, kind: str, options: Options) -> Slice:
         hu, spacing = volume.values[0], volume.spacing
         height = None if volume.heights is None else float(volume.heights[0])
         if source.mask is not None:
-            mask = ct.as_mask(_read_mask(source.mask, options).values[0])
+            mask = masks.get(source.mask)
+            if mask is None:
+                mask = ct.as_mask(_read_mask(source.mask, options).values[0])
     field = find_field(hu)
     problem = None if options.trust_hu else hu_problem(field.inside(hu) if field else hu)
     if problem:
@@ -149,4 +177,6 @@ def _read_hu(path: Path, rescale: tuple[float, float] | None, options: Options) 
 def _same_shape(mask: np.ndarray | None, hu: np.ndarray, path: Path | None) -> np.ndarray | None:
     if mask is not None and mask.shape != hu.shape:
         raise ValueError(f"{path}: a mask of {mask.shape} pixels, expected {hu.shape}: its image's")
+    if mask is not None and mask.all():
+        raise ValueError(f"{path}: every pixel is marked, expected a mask: 0 outside, more inside")
     return mask

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fibldm import ct, disk, limits, volumes
+from fibldm import ct, disk, limits, pictures, volumes
 from fibldm.files import LeftOut, find_files, json_object, natural, stem
 from fibldm.headers import Header, arrange, read_all_headers
 from fibldm.tables import (
@@ -320,6 +320,8 @@ class _Search:
                 of_mask = disk.file_hash(mask) if mask else None
                 patient = patient_of(path, top, self.options, "" if is_volume else folder)
                 content = self.identify(path)
+                if volumes.kind_of(path) == "tiff" and pictures.is_of_several_files(path):
+                    patient = patient or folder
             except (OSError, ValueError) as error:
                 self.leave_out(path, error)
                 continue

@@ -101,7 +101,10 @@ def prepare_series(
         problem = None if options.trust_hu else hu_problem(sample)
         if problem:
             raise ValueError(problem)
-        result.masks = sum(one.mask is not None for one in fitted)
+        given = [one.mask for one in fitted if one.mask is not None]
+        result.masks = len(given)
+        if given and not any(mask.any() for mask in given):
+            raise ValueError(f"its {len(given)} masks mark nothing, expected lungs")
         masks = _lungs(fitted, series.kind)
         if not options.trust_hu and _are_upside_down(fitted, masks):
             result.notes.append(f"{series.name}: {UPSIDE_DOWN}")

@@ -432,3 +432,31 @@ def test_converted_contours_are_as_training_has_them(side):
     np.testing.assert_array_equal(outline, ct.outline_mask(ct.fit_contour(mask, 64)))
     filled = ct.fit_contour(ct.outline_mask(mask), 64, "filled")
     np.testing.assert_array_equal(filled, ct.fit_contour(mask, 64))
+
+
+def test_labels_that_most_of_the_lungs_have_are_labels():
+    y, x = np.mgrid[:128, :128]
+    lungs = np.hypot((x - 64) / 50, (y - 64) / 40) < 1
+    labels = np.where(lungs, np.where(x < 64, 17, 18), 0)
+    labels[60:76, 60:76] = 1 + np.arange(16).reshape(4, 4).repeat(4, 0).repeat(4, 1)
+    for scale in (1, 1000):
+        np.testing.assert_array_equal(ct.as_mask(labels * scale), lungs)
+
+
+def test_per_cent_in_whole_numbers_is_cut_by_the_volume():
+    y, x = np.mgrid[:64, :64]
+    likely = np.clip(5.3 - np.hypot(x - 32, y - 32) / 4, 0, 1)
+    for scale in (100, 255, 1000, 4095, 65535):
+        volume = np.round(np.stack([likely, likely * 0.3]) * scale)
+        np.testing.assert_array_equal(ct.as_mask(volume), volume > scale / 2)
+
+
+@pytest.mark.parametrize("picture", ["blue", "white"])
+def test_a_mask_in_colours_everywhere_is_refused(tmp_path, picture):
+    colours = np.full((16, 16, 3), 255, np.uint8)
+    if picture == "blue":
+        colours[..., :2] = 0
+        colours[4:9, 4:9] = (255, 0, 0)
+    Image.fromarray(colours).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"c\.png: colours everywhere"):
+        ct.read_contour(tmp_path / "c.png")

@@ -66,7 +66,9 @@ MAY_IMPORT = {
     "ct": {"dicom", "disk", "limits", "pictures", "volumes"},
     "files": {"limits"},
     "export": {"ct", "disk"},
-    "series": {"ct", "disk", "files", "headers", "limits", "tables", "volumes"},
+    "series": {
+        *("ct", "disk", "files", "headers", "limits", "pictures", "tables", "volumes"),
+    },
     "fields": set(),
     "spine": set(),
     "scans": {"anatomy", "ct", "dicom", "fields", "files", "headers", "series", "volumes"},

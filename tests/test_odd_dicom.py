@@ -89,6 +89,11 @@ def test_a_stream_that_ends_early_is_left_out(tmp_path, capsys, codec, share):
         {"ImageType": ["DERIVED", "SECONDARY", "VRT"]},
         {"SeriesDescription": "Lunge 10mm MIP ax"},
         {"DerivationDescription": "max-ip over 8 mm"},
+        {"SeriesDescription": "AxialMIP10"},
+        {"SeriesDescription": "MaxIntProj"},
+        {"SeriesDescription": "Iodine map"},
+        {"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 MIP10"]},
+        {"VolumeBasedCalculationTechnique": "MAX_IP"},
     ],
 )
 def test_what_is_computed_of_several_slices_is_left_out(tmp_path, capsys, elements):
@@ -99,7 +104,8 @@ def test_what_is_computed_of_several_slices_is_left_out(tmp_path, capsys, elemen
 
 
 def test_what_else_is_derived_is_taken_and_said(tmp_path, capsys):
-    derived = {"ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "SeriesDescription": "Shrimp 1mm"}
+    words = "Maximum inspiration 1 mm, minimum dose"
+    derived = {"ImageType": ["DERIVED", "SECONDARY", "AXIAL"], "SeriesDescription": words}
     write_dicom(tmp_path / "in", ct_datasets(**derived))
     assert_is_the_scan(prepare(tmp_path / "in"))
     assert "5 DICOM slices" in (printed := capsys.readouterr().out) and "say DERIVED" in printed
@@ -146,13 +152,21 @@ def test_what_pydicom_warns_of_is_counted(tmp_path, capsys, recwarn):
 
 
 @pytest.mark.parametrize("orientation", [True, False])
-def test_without_positions_instance_numbers_order(tmp_path, capsys, orientation):
+@pytest.mark.parametrize("by", ["InstanceNumber", "from 0", "below 0", "SliceLocation", "zeros"])
+def test_without_positions_instance_numbers_order(tmp_path, capsys, orientation, by):
     datasets = ct_datasets()
-    for dataset in datasets:
+    for i, dataset in enumerate(datasets):
         del dataset.ImagePositionPatient
         if not orientation:
             del dataset.ImageOrientationPatient
-    write_dicom(tmp_path / "in", datasets)
+        if by == "SliceLocation":
+            dataset.InstanceNumber, dataset.SliceLocation = 1, 100 - 5 * i
+        elif by == "zeros":
+            dataset.ImagePositionPatient = [0, 0, 0]
+        elif by != "InstanceNumber":
+            dataset.InstanceNumber = i if by == "from 0" else i - 4
+    scout = ct_dataset(scan()[0], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_dicom(tmp_path / "in", [*datasets, scout])
     assert_is_the_scan(prepare(tmp_path / "in"))
     assert "5 slices without ImagePositionPatient" in capsys.readouterr().out
 

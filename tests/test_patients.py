@@ -3,6 +3,7 @@
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 from scans import ct_datasets, nifti, scan, write_dicom
 from test_bad_scans import listed, listing
 from test_prepare_data import prepare, rows_of
@@ -276,3 +277,18 @@ def test_hidden_files_are_counted(tmp_path, capsys):
     (tmp_path / "in" / "._IM000").write_text("x")
     assert patients(prepare(tmp_path / "in")) == 1
     assert "2 files and folders, as " in capsys.readouterr().out
+
+
+def test_volumes_that_are_parts_of_one_are_one_patient(tmp_path):
+    (tmp_path / "in" / "p1").mkdir(parents=True)
+    plane = '<TiffData><UUID FileName="{}.ome.tif">urn:uuid:{}</UUID></TiffData>'
+    for name, part in ("a", scan()[:3]), ("b", scan()[3:]):
+        text = "".join(plane.format(n, n) for n in "ab")
+        tifffile.imwrite(
+            tmp_path / "in" / "p1" / f"{name}.ome.tif",
+            part.astype(np.float32),
+            description=f"<OME><Image><Pixels>{text}</Pixels></Image></OME>",
+            metadata=None,
+        )
+    data = prepare(tmp_path / "in", "--min_lung_area", 0)
+    assert len(rows_of(data)) == 5 and patients(data) == 1

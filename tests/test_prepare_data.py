@@ -1043,3 +1043,30 @@ def test_three_kinds_of_real_input_in_one_command(tmp_path, ct_folder, without_w
     arguments = [*table, "--save_dir", str(run), *QUICK, *TINY_VAE, "--steps", "3"]
     train_vae.main(train_vae.parse_args(arguments))
     assert (run / "vae_best.pth").is_file()
+
+
+@pytest.mark.parametrize("form", ["png", "dicom"])
+def test_masks_of_a_slice_each_are_cut_alike(tmp_path, form):
+    """An apex of few and low probabilities is no label map."""
+    folder = tmp_path / "in"
+    if form == "png":
+        folder.mkdir()
+        png_16_bit(folder)
+        stems = [f"slice_{8 + i}" for i in range(5)]
+    else:
+        stems = [path.name for path in write_dicom(folder, ct_datasets())]
+    ramp = np.linspace(0.6, 1, SIZE)[None]
+    for i, (name, mask) in enumerate(zip(stems, lungs(), strict=True)):
+        likely = mask * ramp * 255 * (0.04 if i == 0 else 1)
+        Image.fromarray(np.round(likely).astype(np.uint8)).save(folder / f"{name}_seg.png")
+    data = prepare(folder, "--mask_suffix", "_seg", "--min_lung_area", 0.001)
+    assert [int(row["image"][-8:-4]) for row in rows_of(data)] == [1, 2, 3, 4]
+
+
+def test_masks_that_mark_nothing_are_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    nibabel.save(nifti(scan()), tmp_path / "in" / "a.nii")
+    nibabel.save(nifti(np.zeros((5, SIZE, SIZE), np.uint8)), tmp_path / "in" / "a_seg.nii")
+    with pytest.raises(ValueError, match="no slice is usable"):
+        prepare(tmp_path / "in", "--mask_suffix", "_seg")
+    assert "its 5 masks mark nothing" in capsys.readouterr().out
