@@ -5,7 +5,6 @@ Patients appear as keyed hashes only. A second run prepares only what is new or 
 
 import contextlib
 import hashlib
-import hmac
 import json
 import os
 import secrets
@@ -19,6 +18,15 @@ from tqdm import tqdm
 from fibldm import disk, headers, volumes
 from fibldm.files import LeftOut
 from fibldm.patients import unify
+from fibldm.records import (
+    Job,
+    Pseudonyms,
+    plan,
+    read_json,
+    record_files,
+    remove_records,
+    write_record,
+)
 from fibldm.series import Options, Series, find_series
 from fibldm.slices import INTERCEPT, Prepared, Settings, prepare_all
 from fibldm.tables import format_csv, list_some, read_csv, same_name
@@ -81,14 +89,14 @@ def prepare(
     series, aliases, of_names = unify(series, options.patient_pattern is not None)
     labels = _named(labels, aliases)
     found = sorted({one.patient for one in series})
-    if labels and not labels.keys() & set(found) and not _records(output):
+    if labels and not labels.keys() & set(found) and not record_files(output):
         raise ValueError(
             f"--labels: none of its {len(labels)} patients ({', '.join(list(labels)[:SHOWN])}) is "
             f"in the inputs, whose patients are named {', '.join(found[:SHOWN])}"
         )
     with disk.locked(output):
         names = _open_output(output, settings, key_file, overwrite)
-        jobs, unchanged, notes = _plan(series, output, f"{options} {settings}", names)
+        jobs, unchanged, notes = plan(series, output, f"{options} {settings}", names)
         left_out = [("", item) for item in of_files] + _read_report(report, unchanged)
         _write_report(report, left_out)  # not writable: said before hours are spent
         of_patients = {names.of("patient", patient): label for patient, label in labels.items()}
@@ -129,156 +137,6 @@ def _require_apart(inputs: Sequence[Path], output: Path, key_file: Path, report:
             raise ValueError(f"{top}: lies within --output_dir {output}, expected another folder")
 
 
-# What is new, and who is who.
-
-
-@dataclass(frozen=True)
-class Pseudonyms:
-    """Names for patients and series that only the holder of the key can trace back."""
-
-    key: bytes
-
-    def of(self, what: str, text: str, length: int = 12) -> str:
-        message = f"{what}:{text}".encode("utf-8", "surrogateescape")
-        return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:length]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A series to be made, the name of its record, and what the record will hold.
-
-    fingerprint: a hash of all that its slices follow from. facts: what else its record keeps,
-    hashed: contents of its files, its patient's name in any spelling, its study or its table.
-    replaced: records of the same files under other names.
-    """
-
-    series: Series
-    name: str
-    fingerprint: str
-    facts: dict[str, list[str] | str]
-    replaced: set[str]
-
-
-def _plan(
-    series: list[Series], output: Path, settings: str, names: Pseudonyms
-) -> tuple[dict[str, Job], set[str], list[str]]:
-    """What is to be made, by what its files' names start with; the records of what is not; notes.
-
-    A series takes the place of what was made before of exactly its files, wherever they lay and
-    whosever they were thought to be, or of some of them and the same patient. It is said.
-    """
-    records = {path.stem: _read_json(path) for path in _records(output)}
-    own = {}
-    for one in series:
-        place = names.of("place", f"{one.kind} {one.patient} {one.place}", 16)
-        own[f"{names.of('patient', one.patient)}_{place}"] = one
-    assert len(own) == len(series)
-    notes = _of_earlier_runs(records, own, output, names)
-    holders: dict[str, set[str]] = defaultdict(set)  # content -> records that have it
-    for name, record in records.items():
-        for content in record["contents"]:
-            holders[content].add(name)
-    jobs, unchanged = {}, set()
-    for name, one in own.items():
-        contents = [names.of("content", content, 16) for content in one.contents]
-        facts = {"contents": contents, **_marks(one, names)}
-        fingerprint = names.of("fingerprint", f"{settings} {one.fingerprint}")
-        sharing = set().union(*(holders[content] for content in contents)) - own.keys()
-        others = {n for n in sharing if _is_same(n, records[n], name, contents, one.kind)}
-        notes += _shared(one.name, sorted(others), sorted(sharing - others))
-        record = records.get(name, {"fingerprint": None, "contents": [], "rows": []})
-        gone = set(record["contents"]) - set(contents)
-        if gone and record["fingerprint"] != fingerprint:
-            notes.append(
-                f"{one.name}: {len(gone)} of the files that an earlier run found are gone or "
-                "changed; what was made of them is replaced"
-            )
-        files = [output / row[column] for row in record["rows"] for column in ("image", "contour")]
-        if record["fingerprint"] == fingerprint and all(file.is_file() for file in files):
-            unchanged.add(name)
-            if {**record, **facts} != record:  # as earlier versions identified files
-                _write_record(output, name, {**record, **facts})
-            _remove_records(output, others)
-        else:
-            jobs[f"{name}_{fingerprint[:6]}"] = Job(one, name, fingerprint, facts, others)
-            notes += one.notes
-    return jobs, unchanged, notes
-
-
-def _marks(one: Series, names: Pseudonyms) -> dict[str, str]:
-    """What tells in a later run that a series is of this person, study or table."""
-    marks = {"person": names.of("person", same_name(one.patient), 16)}
-    if one.study:
-        marks["study"] = names.of("study", one.study, 16)
-    if one.kind == "table":
-        marks["table"] = names.of("table", one.place, 16)
-    return marks
-
-
-def _of_earlier_runs(
-    records: dict[str, dict], own: dict[str, Series], output: Path, names: Pseudonyms
-) -> list[str]:
-    """Notes on records that no input makes now; those of tables that are given again go."""
-    notes = []
-    marks = {name: _marks(one, names) for name, one in own.items()}
-    tables = {mark["table"]: own[name].place for name, mark in marks.items() if "table" in mark}
-    others = {name: record for name, record in records.items() if name not in own}
-    gone = {name: r["table"] for name, r in others.items() if r.get("table") in tables}
-    for table in sorted(set(gone.values())):
-        left = sorted(name for name in gone if gone[name] == table)
-        notes.append(
-            f"{tables[table]}: {len(left)} patients of an earlier run are in no line any more, and "
-            f"their slices are removed: {', '.join(name.partition('_')[0] for name in left)}"
-        )
-        _remove_records(output, left)
-        for name in left:
-            del records[name], others[name]
-    for what in "study", "person":
-        before = {r[what]: name for name, r in others.items() if r.get(what)}
-        for name, mark in marks.items():
-            other = before.get(mark.get(what))
-            if other and other.partition("_")[0] != name.partition("_")[0]:
-                notes.append(
-                    f"{own[name].name}: an earlier run has the same {what} as another patient "
-                    f"({other.partition('_')[0]}); give all folders at once, with --overwrite"
-                )
-    if others:
-        notes.append(
-            f"{len(others)} series of earlier runs are in none of these inputs; their slices stay"
-        )
-    return notes
-
-
-def _is_same(other: str, record: dict, name: str, contents: list[str], kind: str) -> bool:
-    """Whether a series `name` of these contents is what the record `other` was made of.
-
-    DICOM's UIDs alone do not tell: some software gives the same ones to several patients.
-    """
-    before, now = set(record["contents"]), set(contents)
-    of_patient = other.partition("_")[0] == name.partition("_")[0]
-    return (before == now and kind != "dicom") or (of_patient and before <= now)
-
-
-def _shared(where: str, replaced: list[str], kept: list[str]) -> list[str]:
-    """Notes on what was made before of files that a series has, too."""
-    notes = []
-    if replaced:
-        notes.append(
-            f"{where}: the same files were prepared before under another name or place; "
-            f"{', '.join(replaced)} is replaced"
-        )
-    if kept:
-        notes.append(
-            f"{where}: some of its files were prepared before as a part of {', '.join(kept)}, and "
-            "both are kept; if they are of one patient, give --patient_pattern and --overwrite"
-        )
-    return notes
-
-
-def _write_record(output: Path, name: str, record: dict) -> None:
-    disk.replace_text(output / "series" / f"{name}.json", json.dumps(record) + "\n")
-
-
 def _read_key(path: Path, needed: bool) -> bytes:
     """The key of a file; a new one where there is no file, unless a data set already needs it."""
     try:
@@ -307,14 +165,14 @@ def _open_output(output: Path, settings: Settings, key_file: Path, overwrite: bo
     """Check the folder against its dataset.json, or make it; return its pseudonyms."""
     info_file, before = output / "dataset.json", None
     if info_file.is_file():
-        before = _read_json(info_file)
+        before = read_json(info_file)
         if "key_check" not in before:
             raise ValueError(
                 f"--output_dir {output}: holds a data set of another origin; give another folder"
             )
     elif any(output.iterdir()):
         raise ValueError(f"--output_dir {output}: not empty, and no data set; give another folder")
-    if overwrite or not _records(output):
+    if overwrite or not record_files(output):
         before = None
     names = Pseudonyms(_read_key(key_file, needed=before is not None))
     info = {"rescale_slope": 1.0, "rescale_intercept": float(INTERCEPT), **asdict(settings)}
@@ -331,29 +189,9 @@ def _open_output(output: Path, settings: Settings, key_file: Path, overwrite: bo
         for torn in (output / folder).glob(f"{disk.TEMPORARY}*"):  # of a run that was killed
             torn.unlink()
     if overwrite:
-        for path in (output / "label.csv", output / "labels.json", *_records(output)):
+        for path in (output / "label.csv", output / "labels.json", *record_files(output)):
             path.unlink(missing_ok=True)
     return names
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it, and run again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged, expected a JSON object; remove it, and run again")
-    return content
-
-
-def _records(output: Path) -> list[Path]:
-    """A record for each series: its lines of label.csv, and what they follow from, hashed."""
-    return sorted((output / "series").glob("*.json"))
-
-
-def _remove_records(output: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (output / "series" / f"{name}.json").unlink(missing_ok=True)
 
 
 def _keep_all(
@@ -397,8 +235,8 @@ def _keep(output: Path, job: Job, result: Prepared) -> list[tuple[str, LeftOut]]
     if result.error is None:
         rows = [{**row, "patient_id": job.name.partition("_")[0]} for row in result.rows]
         record = {"fingerprint": job.fingerprint, "rows": rows, **job.facts}
-        _write_record(output, job.name, record)
-        _remove_records(output, job.replaced)
+        write_record(output, job.name, record)
+        remove_records(output, job.replaced)
     elif result.error:
         kept = "; its earlier slices are kept" if file.is_file() else ""
         left_out.append(("", LeftOut(job.series.name, f"{result.error}{kept}")))
@@ -411,9 +249,9 @@ def _write_table(output: Path, labels: dict[str, str]) -> tuple[list[dict[str, s
     Returns its rows, and notes.
     """
     state_file, table, notes = output / "labels.json", output / "label.csv", []
-    state = _read_json(state_file) if state_file.is_file() else {"labels": {}, "label_csv": []}
+    state = read_json(state_file) if state_file.is_file() else {"labels": {}, "label_csv": []}
     state["labels"] |= labels
-    rows = [row for path in _records(output) for row in _read_json(path)["rows"]]
+    rows = [row for path in record_files(output) for row in read_json(path)["rows"]]
     for row in rows:
         row["label"] = state["labels"].get(row["patient_id"], row["label"])
     rows.sort(key=lambda row: row["image"])

@@ -15,20 +15,9 @@ ALL = {**PACKAGE, **STAGES, **TOOLS}
 MODELS = {"layers", "vae", "unet", "controlnet", "scheduler", "samplers", "losses", "optim"}
 DATA = {
     *("ct", "lungs", "phantom", "arrays", "decoders", "dicom", "pictures", "volumes", "export"),
-    *(
-        "files",
-        "headers",
-        "series",
-        "scans",
-        "slices",
-        "preparation",
-        "patients",
-        "fields",
-        "spine",
-        "ribs",
-    ),
-    *("anatomy", "likeness", "findings", "inspection", "panels", "tables", "datasets", "encoding"),
-    *("limits", "disk"),
+    *("files", "headers", "series", "scans", "slices", "patients", "records", "preparation"),
+    *("fields", "spine", "ribs", "anatomy", "likeness", "findings", "inspection", "panels"),
+    *("tables", "datasets", "encoding", "limits", "disk"),
 }
 TRAINING = {
     *("cli", "config", "batches", "run", "journal", "distributed", "checkpoint", "validation"),
@@ -75,8 +64,10 @@ MAY_IMPORT = {
     "slices": {"anatomy", "ct", "disk", "fields", "files", "lungs", "scans", "series", "spine"},
     "patients": {"series", "tables"},
     "preparation": {
-        *("disk", "files", "headers", "patients", "series", "slices", "tables", "volumes"),
+        *("disk", "files", "headers", "patients", "records", "series", "slices", "tables"),
+        "volumes",
     },
+    "records": {"disk", "series", "tables"},
     "ribs": set(),
     "lungs": {"ribs"},
     "phantom": {"ct", "tables"},

@@ -289,6 +289,7 @@ def test_volumes_that_are_parts_of_one_are_one_patient(tmp_path):
             part.astype(np.float32),
             description=f"<OME><Image><Pixels>{text}</Pixels></Image></OME>",
             metadata=None,
+            photometric="minisblack",
         )
     data = prepare(tmp_path / "in", "--min_lung_area", 0)
     assert len(rows_of(data)) == 5 and patients(data) == 1
