@@ -12,6 +12,7 @@ from fibldm import decoders, limits
 
 LABELS = 16  # distinct values of a label map, at most; an anti-aliased mask has more
 JPEG_IN_TIFF = (6, 7, 33007, 34892)  # compressions
+LOSSY = ("JPEG", "WEBP")
 PICTURES = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # none that runs programs, as EPS
 
 
@@ -29,6 +30,8 @@ def decode(path: Path, is_png: bool, marks: bool) -> np.ndarray:
                 values = _labels(indices if indices.ndim == 2 else indices[..., 0], values)
         else:
             values = np.asarray(image.convert("L") if image.mode == "1" else image)
+            if marks and image.format in LOSSY:  # which make noise beside edges
+                values = np.where(values > 127, np.uint8(255), np.uint8(0))
     if values.ndim == 3 and values.shape[2] == 2 and not marks:  # grey and transparency
         values = values[..., 0]
     return values

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import subprocess
 import sys
 
@@ -222,3 +223,13 @@ run_script(main, lambda: None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
+
+
+def test_names_are_printed_where_a_terminal_lacks_their_letters(tmp_path):
+    code = "import argparse; from fibldm.cli import run_script; "
+    code += "run_script(lambda args: print('Fibr\\xf6se'), argparse.Namespace)"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | plain, capture_output=True
+    )
+    assert done.returncode == 0 and done.stdout == b"Fibr\\xf6se\n"

@@ -434,6 +434,17 @@ def test_converted_contours_are_as_training_has_them(side):
     np.testing.assert_array_equal(filled, ct.fit_contour(mask, 64))
 
 
+def test_nothing_around_the_field_of_view_is_air():
+    for nothing in (np.nan, -np.inf):
+        values = np.zeros((2, 8, 8), np.float32)
+        values[:, :, :2] = nothing
+        hu = ct.scale_to_hu(values, "x")
+        assert (hu[:, :, :2] == ct.AIR).all() and not hu[:, :, 2:].any()
+    values[0, 4, 4] = -np.inf
+    with pytest.raises(ValueError, match="1 values are not finite"):
+        ct.scale_to_hu(values, "x")
+
+
 def test_labels_that_most_of_the_lungs_have_are_labels():
     y, x = np.mgrid[:128, :128]
     lungs = np.hypot((x - 64) / 50, (y - 64) / 40) < 1

@@ -209,7 +209,8 @@ def test_a_folder_below_its_table_is_refused(tmp_path, link):
     lines = listing().splitlines()
     (tmp_path / "in" / "label.csv").write_text("\n".join(lines[:6]))
     inputs = [tmp_path / "other"] * link + [tmp_path / "in"]
-    data = prepare(*inputs, "--output_dir", tmp_path / "data", "--min_lung_area", 0)
+    options = ("--min_lung_area", 0, "--rescale", 1, -1024)
+    data = prepare(*inputs, "--output_dir", tmp_path / "data", *options)
     assert len(rows_of(data)) == 5 and patients(data) == 1
 
 
@@ -243,6 +244,19 @@ def test_one_series_uid_in_two_studies_is_two_series(tmp_path, name):
         study(tmp_path / "in", number, name, str(number), SeriesInstanceUID="1.9")
     data = prepare(tmp_path / "in")
     assert len(rows_of(data)) == 10 and patients(data) == (1 if name else 2)
+    assert len(list((data / "series").iterdir())) == 2
+
+
+def test_uids_that_another_patient_has_replace_no_one(tmp_path, capsys):
+    datasets = ct_datasets(0, PatientID="P7", StudyInstanceUID="1.2")
+    write_dicom(tmp_path / "a", datasets)
+    for dataset in datasets:
+        dataset.PatientID = "P8"
+    write_dicom(tmp_path / "b", datasets)
+    prepare(tmp_path / "a", "--output_dir", tmp_path / "data")
+    data = prepare(tmp_path / "b", "--output_dir", tmp_path / "data")
+    assert len(rows_of(data)) == 10 and patients(data) == 2
+    assert any("both are kept" in note for note in notes(capsys))
 
 
 @pytest.mark.parametrize("order", [1, -1])

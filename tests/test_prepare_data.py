@@ -1070,3 +1070,23 @@ def test_masks_that_mark_nothing_are_said(tmp_path, capsys):
     with pytest.raises(ValueError, match="no slice is usable"):
         prepare(tmp_path / "in", "--mask_suffix", "_seg")
     assert "its 5 masks mark nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["all", "jpeg"])
+def test_masks_that_mark_all_are_left_out_and_jpeg_ones_are_taken(tmp_path, capsys, kind):
+    (tmp_path / "in").mkdir()
+    png_16_bit(tmp_path / "in")
+    half = lungs().copy()
+    half[:, :, : SIZE // 2] = False
+    for i, mask in enumerate(np.ones_like(half) if kind == "all" else half):
+        path = tmp_path / "in" / f"slice_{8 + i}_seg{'.png' if kind == 'all' else '.jpg'}"
+        Image.fromarray(mask * np.uint8(255)).save(path, quality=95)
+    options = (tmp_path / "in", "--mask_suffix", "_seg", "--min_lung_area", 0.01)
+    if kind == "all":
+        with pytest.raises(ValueError, match="no slice is usable"):
+            prepare(*options)
+        assert "every pixel is marked" in capsys.readouterr().out
+        return
+    data = prepare(*options)
+    for row, truth in zip(rows_of(data), half, strict=True):
+        assert (ct.read_contour(data / row["contour"])[0] != truth).mean() < 0.01
