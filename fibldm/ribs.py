@@ -1,7 +1,7 @@
 """Air outside of the ribs that may look as lung: subcutaneous emphysema, and air beside the body.
 
-Two things tell it from a piece of lung: bone stands between it and the lungs, or it lies nearer to
-the skin than lung does anywhere else.
+Three things tell it from a piece of lung: bone stands between it and the lungs, it lies nearer to
+the skin than lung does, or the picture's border cuts it where both lungs are whole.
 """
 
 import numpy as np
@@ -14,10 +14,14 @@ LARGE = 0.2  # of the largest piece's area: a thick piece so large is lung for c
 
 # Lengths as fractions of the body's equivalent diameter.
 THICK = 0.02  # half the thickness of a piece that is lung for certain
-REACH = 0.18  # what is farther from the lungs than the chest's wall is thick is not judged
+REACH = 0.18  # beyond it is what is farther from the lungs than the chest's wall is thick
+OUTERMOST, HALFWAY = 0.045, 0.09  # depths under the skin of a lung's outer part and of its middle
 EDGE = 0.015  # between a piece and the end of a body that the field of view cuts
 GAP = 0.05  # half the gap between ribs in a slice
 
+CIRCLE = 0.96  # of half the picture's side: the scanner's circle begins there
+ACROSS = 0.3  # parts of a piece's area left of the body's middle: as near to a half
+PAIR = 0.05  # of the body's area: two lungs that are one piece are larger
 WALL = 0.8  # of the chest wall's least thickness over the lungs: no lung is nearer to the skin
 MIDDLE = 1.0  # of it: nor lies the middle of a piece of lung
 OUTER, NEAREST = 0.02, 0.25  # parts of a piece: next to the skin, and next to the lungs
@@ -35,53 +39,95 @@ def outside_of_ribs(
     air may be that of lungs; hu: (H, W); body: (H, W) bool. Large and thick pieces are what the
     others are measured by; see `_sure`.
     """
-    size = 2 * np.sqrt(np.count_nonzero(body) / np.pi)
+    size, count = 2 * np.sqrt(np.count_nonzero(body) / np.pi), len(lung)
     rim_of_body = _rim(body)
-    cut = _cut(labels, rim_of_body & (hu <= TISSUE), size, len(lung))
-    sure = _sure(labels, lung & ~cut, lung & cut, size)
-    judged = (labels > 0) & ~sure[labels]
-    if not sure.any() or not judged.any():
-        return np.zeros(len(lung), bool)
+    cut = _cut(labels, rim_of_body & (hu <= TISSUE), size, count)
+    depth = _depth(rim_of_body & (hu > TISSUE))
+    thick = _thick(labels, size, count)
+    under_skin = _under_skin(labels, depth, body, size, count) & ~cut
+    sure = _sure(labels, lung & ~cut & ~under_skin, lung & cut, thick)
+    if not sure.any():  # a thin body: its lungs are as near to the skin
+        under_skin[:] = False
+        sure = _sure(labels, lung & ~cut, lung & cut, thick)
+    if not sure.any() or sure[labels[labels > 0]].all():
+        return np.zeros(count, bool)
+
+    behind, shallow = _beyond(labels, sure, depth, hu, body, size)
+    outside = under_skin | behind | (shallow & ~cut)
+    if np.count_nonzero(sure) == 2 and not sure[cut].any():  # both lungs are whole
+        sizes = np.bincount(labels.ravel(), minlength=count)
+        outside |= cut & thick & (sizes < sizes[sure].min())
+    return outside & ~sure
+
+
+def _beyond(
+    labels: np.ndarray,
+    sure: np.ndarray,
+    depth: np.ndarray,
+    hu: np.ndarray,
+    body: np.ndarray,
+    size: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two (pieces + 1,) bool of what lies outwards from the pieces that are lung for certain:
+    pieces behind bone, and pieces nearer to the skin than those are."""
+    judged, count = (labels > 0) & ~sure[labels], len(sure)
     pixels, pieces = np.argwhere(judged), labels[judged]
     rim = np.argwhere(_rim(sure[labels]))
     far, nearest = cKDTree(rim).query(pixels)
 
     # What lies outwards from the lungs: beyond where they are nearest, seen from the body's middle.
-    close_by = far <= _quantiles(far, pieces, len(lung), NEAREST)[pieces]
+    close_by = far <= _quantiles(far, pieces, count, NEAREST)[pieces]
     start, end, piece = pixels[close_by], rim[nearest[close_by]], pieces[close_by]
     length = far[close_by]
     middle = np.argwhere(body).mean(0)
     radius = np.linalg.norm(start - middle, axis=1)
     outwards = radius - np.linalg.norm(end - middle, axis=1) > OUTWARDS * length
     outwards &= length < REACH * size
-    counts = np.maximum(1, np.bincount(piece, minlength=len(lung)))
-
-    # Nearer to the skin than any lung.
-    shallow = _shallow(pixels, pieces, rim, np.argwhere(rim_of_body & (hu > TISSUE)), len(lung))
-    shallow &= np.bincount(piece, outwards, len(lung)) > 0.5 * counts
+    counts = np.maximum(1, np.bincount(piece, minlength=count))
 
     # Bone on the way to the lungs, or to the middle. Ribs run obliquely: a slice has parts of them.
     cage = _cage(hu, body, size)
     inwards = start + (middle - start) * np.minimum(1, length / np.maximum(1, radius))[:, None]
     crossed = outwards & (_cross(cage, start, end) | _cross(cage, start, inwards))
-    behind = np.bincount(piece, crossed, len(lung)) > BEHIND * counts
-    return behind | (shallow & ~cut)
+    behind = np.bincount(piece, crossed, count) > BEHIND * counts
+
+    least = np.quantile(depth[_rim(sure[labels])], OUTER, method="lower")
+    outer, half = _depths(labels, depth, count)
+    shallow = (outer < WALL * least) | (half < MIDDLE * least)
+    return behind, shallow & (np.bincount(piece, outwards, count) > 0.5 * counts)
 
 
-def _shallow(
-    pixels: np.ndarray, pieces: np.ndarray, rim: np.ndarray, skin: np.ndarray, count: int
+def _under_skin(
+    labels: np.ndarray, depth: np.ndarray, body: np.ndarray, size: float, count: int
 ) -> np.ndarray:
-    """(count,) bool: pieces nearer to the skin than lungs with this rim; all (N, 2) pixels.
+    """(count,) bool: pieces nearer to the skin than lungs are in any body but a thin one.
 
-    Where the field of view cuts a body there is no skin.
+    Between breasts that touch, air lies twice as deep, and across the body's middle.
     """
-    if not len(skin):
-        return np.zeros(count, bool)
-    tree = cKDTree(skin)
-    least = np.quantile(tree.query(rim)[0], OUTER)
-    depth = tree.query(pixels)[0]
-    outer, middle = (_quantiles(depth, pieces, count, part) for part in (OUTER, 0.5))
-    return (outer < WALL * least) | (middle < MIDDLE * least)
+    outer, half = _depths(labels, depth, count)
+    sizes = np.bincount(labels.ravel(), minlength=count)
+    column = np.average(np.arange(body.shape[1]), weights=body.sum(0))
+    left = np.bincount(labels[:, : round(column)].ravel(), minlength=count) / np.maximum(1, sizes)
+    across = (abs(left - 0.5) < ACROSS) & (sizes < PAIR * np.count_nonzero(body))
+    twice = 1 + across
+    # Half a pixel less: in small pictures depths are coarse.
+    return (outer < twice * OUTERMOST * size - 0.5) & (half < twice * HALFWAY * size)
+
+
+def _depth(skin: np.ndarray) -> np.ndarray:
+    """(H, W): pixels from the skin; infinite where there is none.
+
+    Where the field of view cuts a body there is no skin, nor where the scanner's circle does.
+    """
+    y, x = (np.linspace(-1, 1, n) for n in skin.shape)
+    skin = skin & (np.hypot(y[:, None], x) < CIRCLE)
+    return ndi.distance_transform_edt(~skin) if skin.any() else np.full(skin.shape, np.inf)
+
+
+def _depths(labels: np.ndarray, depth: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two (count,): the depths of each piece's outer part and of its middle."""
+    depth, pieces = depth[labels > 0], labels[labels > 0]
+    return _quantiles(depth, pieces, count, OUTER), _quantiles(depth, pieces, count, 0.5)
 
 
 def _cross(mask: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -91,14 +137,19 @@ def _cross(mask: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return mask[y, x].any(0)
 
 
-def _sure(labels: np.ndarray, whole: np.ndarray, cut: np.ndarray, size: float) -> np.ndarray:
+def _thick(labels: np.ndarray, size: float, count: int) -> np.ndarray:
+    """(count,) bool: pieces that are more than a slit."""
+    core = ndi.binary_erosion(labels > 0, iterations=max(1, round(THICK * size)), border_value=1)
+    thick = np.bincount(labels[core], minlength=count) > 0
+    thick[0] = False
+    return thick
+
+
+def _sure(labels: np.ndarray, whole: np.ndarray, cut: np.ndarray, thick: np.ndarray) -> np.ndarray:
     """(pieces + 1,) bool: large and thick pieces, and thick ones that the field of view cuts.
 
     Where two large ones that are whole lie side by side these are the lungs, and no others.
     """
-    core = ndi.binary_erosion(labels > 0, iterations=max(1, round(THICK * size)), border_value=1)
-    thick = np.bincount(labels[core], minlength=len(whole)) > 0
-    thick[0] = False
     sizes = np.bincount(labels.ravel(), minlength=len(whole)) * thick * (whole | cut)
     large = sizes > LARGE * sizes.max()
     pair = np.argsort(sizes * (large & whole))[-2:]

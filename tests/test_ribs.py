@@ -7,6 +7,7 @@ from scipy import ndimage as ndi
 from fibldm import ct
 from fibldm.lungs import lung_mask
 from fibldm.phantom import phantom_slice
+from fibldm.ribs import outside_of_ribs
 
 LEVELS = (0.3, 0.5, 0.8)
 
@@ -82,6 +83,26 @@ def mean_wrong(pairs, change):
     return np.mean(shares, axis=0)
 
 
+def beneath_cloth(hu, mask, level=-850.0):
+    """Two breasts apart, and cloth from one to the other; no bone behind."""
+    body, size, y, x = frame_of(hu, mask)
+    breasts = np.hypot((abs(x) - 0.2) / 0.14, (y + 0.02) / 0.14) < 1
+    cloth = (abs(y + 0.14) < max(0.008, 1 / size)) & (abs(x) < 0.2)
+    closed = ndi.binary_fill_holes(body | breasts | cloth)
+    air = closed & ~body & ~breasts & ~cloth
+    hu = np.where(closed & ~body, np.where(air, level, 0.0), hu)
+    hu[body & (abs(x) < 0.15) & (y < 0.25) & (hu > 60)] = 45.0
+    return hu.astype(np.float32), mask, air
+
+
+def large_pockets(hu, mask, level=-850.0):
+    body, size, _, x = frame_of(hu, mask)
+    deep = ndi.distance_transform_edt(body) / size
+    far = ndi.distance_transform_edt(~mask) / size
+    air = (deep > 0.025) & (deep < 0.1) & (far > 0.06) & (hu < 120) & (np.sin(22 * x) > 0.3)
+    return np.where(air, level, hu).astype(np.float32), mask, air
+
+
 CHANGES = {
     "pockets": lambda hu, mask: under_the_skin(hu, mask, "pockets"),
     "sheet": lambda hu, mask: under_the_skin(hu, mask, "sheet"),
@@ -100,6 +121,15 @@ def test_air_outside_of_the_ribs_is_no_lung(name, size, fibrosis):
     assert beside < 0.04
 
 
+@pytest.mark.parametrize("size", [128, 256, 512])
+@pytest.mark.parametrize("change", [beneath_cloth, large_pockets])
+def test_nor_where_the_lungs_are_small_or_far(change, size):
+    pairs = [phantom_slice(p, level, size) for p in range(3) for level in (0.05, 0.5, 0.95)]
+    plain = np.mean([wrong(lung_mask(hu), mask)[1] for hu, mask in pairs])
+    air, beside, missing = mean_wrong(pairs, change)
+    assert air < 0.1 and beside < 0.05 and missing < plain + 0.02
+
+
 @pytest.fixture(scope="module")
 def real_slices(ct_folder):
     pairs = []
@@ -113,6 +143,20 @@ def real_slices(ct_folder):
 def test_nor_is_it_in_real_slices(real_slices, name):
     air, beside, missing = mean_wrong(real_slices, CHANGES[name])
     assert air < 0.025 and beside < 0.02 and missing < 0.01
+
+
+@pytest.mark.parametrize("both_whole", [True, False])
+def test_air_that_the_border_cuts_is_no_lung_where_both_lungs_are_whole(both_whole):
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    lung = np.hypot((abs(x) - 0.35) / 0.25, y / 0.45) < 1
+    labels = np.where(lung, np.where(x < 0, 1, 2), 0)
+    labels[40:90, -12:] = 3
+    if not both_whole:
+        labels[labels == 2] = 0
+    hu = np.where(labels > 0, -850.0, 40.0)
+    pieces = np.isin(np.arange(4), labels[labels > 0])
+    outside = outside_of_ribs(labels, pieces, hu, np.ones(hu.shape, bool))
+    assert outside.tolist() == [False, False, False, both_whole]
 
 
 def test_a_volume_does_not_bring_it_back():
