@@ -10,7 +10,7 @@ from fibldm import limits
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".dcm", ".dicom", ".ima", ".png", ".tif", ".tiff"),
-    *(".npy", ".npz", ".mat"),
+    *(".npy", ".npz", ".mat", ".jpg", ".jpeg", ".gif", ".bmp"),
 )
 
 
