@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 WORDS = ("good", "doubtful", "bad", "not judged")  # of verdicts
 DASH = "\N{EN DASH}"  # for a number that is not there
@@ -43,7 +43,7 @@ class Estimate:
         """The central interval of Student's t; NaN without an error."""
         if not math.isfinite(self.error):
             return math.nan, math.nan
-        half = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error
+        half = float(special.stdtrit(self.freedom, (1 + level) / 2)) * self.error
         return self.value - half, self.value + half
 
 
@@ -80,7 +80,7 @@ def share_interval(flags: np.ndarray, owners: Sequence[str]) -> tuple[float, flo
     share, count = found.value, found.freedom + 1
     if found.error > 0:
         count = min(share * (1 - share) / found.error**2, len(flags))
-    square = stats.norm.ppf((1 + LEVEL) / 2) ** 2 / count
+    square = special.ndtri((1 + LEVEL) / 2) ** 2 / count
     middle, half = share + square / 2, (square * share * (1 - share) + square**2 / 4) ** 0.5
     low, high = (middle - half) / (1 + square), (middle + half) / (1 + square)
     return max(float(low), 0.0), min(float(high), 1.0)
@@ -232,7 +232,7 @@ def needed(scores: Sequence[Score], levels: Sequence[float]) -> str:
 
 def more_than(usual: float, count: int, total: int) -> bool:
     """Whether so many of a total are more than a usual share gives by chance (binomial)."""
-    return float(stats.binom.sf(count - 1, total, usual)) <= RARE
+    return float(special.bdtrc(count - 1, total, usual)) <= RARE
 
 
 # Groups of slices: patients.
