@@ -219,6 +219,13 @@ def test_phantoms_are_upright_and_turned_ones_are_not(size):
             assert spine.are_upside_down(turned)
 
 
+def test_series_are_turned_only_where_it_is_certain():
+    for scores in ([-0.03] * 8, [-0.08] * 4, [-0.2, -0.2, -0.2, 0.2, 0.2], [0.1] * 8):
+        assert not spine.are_upside_down(scores), scores
+    for scores in ([-0.05] * 8, [-0.12] * 4, [-0.2, -0.2, -0.2, 0.2]):
+        assert spine.are_upside_down(scores), scores
+
+
 def test_slices_without_lungs_tell_nothing():
     hu, _ = phantom_slice(0, 0.5, 64)
     assert spine.uprightness(hu, np.zeros((64, 64), bool)) is None
