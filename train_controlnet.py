@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         unet.compile()
     model = distributed.wrap(controlnet, device, args.compile)
     scheduler = CosineScheduler(device=device)
-    batches = run.batches_of(data.indices("train"))
+    batches = run.batches_of(data.indices("train"), labels=data.label_names("train"))
     synthesizer = Synthesizer(
         vae, unet, ema.model, classes=data.classes, window=data.window, precision=precision
     )

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     scheduler = CosineScheduler(device=device)
 
     # Data.
-    batches = run.batches_of(data.indices("train"))
+    batches = run.batches_of(data.indices("train"), labels=data.label_names("train"))
     synthesizer = Synthesizer(
         vae.to(device), ema.model, classes=data.classes, window=data.window, precision=precision
     )

@@ -42,11 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--val_fraction", type=cli.fraction, default=0.1, help="share of patients for validation"
     )
     data.add_argument(
-        "--test_fraction",
-        type=cli.fraction,
-        default=0.1,
+        "--test_fraction", type=cli.fraction, default=0.1,
         help="share of patients for the final test",
-    )
+    )  # fmt: skip
     data.add_argument(
         "--max_shift", type=cli.not_negative,
         help="how far slices are moved at random in training, at most, in each direction: a share "
@@ -129,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     folder, window = Path(args.csv_file).parent, tuple(args.window)
     data = CTDataset(
         rows, args.img_dir, folder, args.image_size, window, max_bad=args.max_bad_images,
-        images_alone=True,
+        images_alone=True, by_label=args.balance_labels is not None,
     )  # fmt: skip
     distributed.say(*notes, *data.notes())
     _, bad_rows = data.check(run.folder.path / CHECKED)
@@ -155,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     model = distributed.wrap(vae, device, args.compile)
 
     # Data.
-    batches = run.batches_of(data.indices("train"), bad_rows)
+    batches = run.batches_of(data.indices("train"), bad_rows, data.label_names("train"))
     most_pixels = round(args.max_shift * args.image_size)
     latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
     perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]

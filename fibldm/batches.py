@@ -106,6 +106,7 @@ class Plan:
     lr: float = 1e-4
     warmup_steps: int = 0
     lr_schedule: str = "constant"
+    balance_labels: Sequence[str] | None = None  # NAME=WEIGHT; none of them: all classes alike
     log_interval: int = 50
     save_interval: int = 500
     val_interval: int = 1000
@@ -220,11 +221,19 @@ class Batches:
         epoch, place = divmod(item, len(self.rows))
         known, order = self._shuffled
         if epoch != known:
-            generator = item_generator(self.plan.seed, "order", epoch, 0)
-            order = self.rows[generator.permutation(len(self.rows))]
+            order = self.order(epoch)
             self._shuffled = epoch, order
         row = int(order[place])
-        return row if row not in self.left_out else next_row(row, self.rows.tolist(), self.left_out)
+        return row if row not in self.left_out else next_row(row, self.alike(row), self.left_out)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, in their order."""
+        generator = item_generator(self.plan.seed, "order", epoch, 0)
+        return self.rows[generator.permutation(len(self.rows))]
+
+    def alike(self, row: int) -> list[int]:
+        """The rows of which one takes the place of a row that is left out."""
+        return self.rows.tolist()
 
     def rows_of(self, step: int, positions: range | None = None) -> list[int]:
         """Rows at these positions of a step's batch; without them those of all ranks, in order."""

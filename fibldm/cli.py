@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fibldm import distributed
+from fibldm.balance import UNLABELED, parse_shares, parse_weights
 from fibldm.config import Parser
 from fibldm.distributed import ON_PURPOSE, OTHER_BUILD
 from fibldm.optim import SCHEDULES
@@ -94,6 +95,17 @@ class Window(argparse.Action):
         if low >= high:
             raise argparse.ArgumentError(self, f"{low:g} {high:g}: expected LOW below HIGH")
         setattr(namespace, self.dest, [low, high])
+
+
+class Shares(argparse.Action):
+    """NAME=WEIGHT of classes, in one order and spelling; or nothing, an empty list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            parse_shares(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, sorted(f"{n}={w}" for n, w in parse_weights(values).items()))
 
 
 # Options that several stages have.
@@ -224,6 +236,12 @@ def add_training_options(parser: Parser, **defaults: float) -> None:
     group.add_argument(
         "--warmup_steps", type=count, help="steps in which the learning rate rises to --lr"
     )
+    group.add_argument(
+        "--balance_labels", nargs="*", action=Shares, metavar="NAME=WEIGHT",
+        help="draw all classes of column label equally often, or by these weights, one for each "
+        "class, which sum to 1: fibrosis=0.5 normal=0.5; slices without a label are a class of "
+        f"their own, {UNLABELED} (default: each slice equally often)",
+    )  # fmt: skip
     group.add_argument("--val_interval", type=positive, help="steps between validations")
     group.add_argument(
         "--patience", type=count, default=0,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fibldm import ct
+from fibldm.balance import parse_weights
 from fibldm.encoding import LatentDataset
 from fibldm.tables import list_some
 from fibldm.unet import NO_LABEL
@@ -143,14 +144,10 @@ def parse_label(words: Sequence[str], classes: Sequence[str]) -> Label:
     text = " ".join(words)
     if text in classes or not any("=" in word for word in words):
         return text
-    pairs = [word.rpartition("=") for word in words]
     try:
-        label = {name: float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise ValueError(f"--label {text}: a weight is no number, expected NAME=WEIGHT") from None
-    if len(label) < len(pairs):
-        raise ValueError(f"--label {text}: expected each class once")
-    return label
+        return parse_weights(words)
+    except ValueError as error:
+        raise ValueError(f"--label {error}") from None
 
 
 def read_label(label: Label, classes: Sequence[str]) -> int | list[float]:

@@ -101,7 +101,9 @@ class Parser(argparse.ArgumentParser):
             return words[str(value).lower()]
         several = action.nargs not in (None, "?")
         words = value if isinstance(value, list) and several else [value]
-        if not words or (isinstance(action.nargs, int) and len(words) != action.nargs):
+        if (not words and action.nargs != "*") or (
+            isinstance(action.nargs, int) and len(words) != action.nargs
+        ):
             self.error(f"{what}, expected {action.nargs} values")
         converted = []
         for word in words:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fibldm import ct, distributed
+from fibldm.balance import class_of
 from fibldm.batches import (
     Batches,
     item_generator,
@@ -90,8 +91,8 @@ class CTDataset(Dataset):
     The contour is uint8, 0 or 1. Images of another size are padded to a square and resized. The
     first `slices` rows are the table's, those after them further `views` of training slices.
     A file that cannot be read is a ValueError; where `max_bad` is above 0, the next slice of the
-    same split takes its place, and "unreadable" (rows,) says for which rows it did. Contours take
-    longer to read than images: `images_alone` only checks them.
+    same split, and with `by_label` of the same label, takes its place, and "unreadable" (rows,)
+    says for which rows it did. Contours take longer to read: `images_alone` only checks them.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class CTDataset(Dataset):
         views: Views = Views(),
         max_bad: int = 0,
         images_alone: bool = False,
+        by_label: bool = False,
     ) -> None:
         self.rows, self.root, self.image_size = views.of(rows), Path(root), image_size
         self.slices, self.views, self.max_bad = len(rows), views, max_bad
         self.window, self.contour_channels = window, contour_channels
-        self.images_alone = images_alone
+        self.images_alone, self.by_label = images_alone, by_label
         assert not (images_alone and views.count > 1), "views move contours too"
         self.info = ct.read_dataset_info(Path(rescale_folder))
         if self.info.rescale is None:
@@ -132,8 +134,8 @@ class CTDataset(Dataset):
         return hu, contour
 
     def read_or_replace(self, row: int) -> tuple[np.ndarray, np.ndarray | None, list[int]]:
-        """`read_pair` of a row, or of the next one of its split that can be read; and the rows
-        that can't. Of `images_alone` the contour is None.
+        """`read_pair` of a row, or of the next one like it that can be read; and the rows that
+        can't. Of `images_alone` the contour is None.
         """
         unreadable, place = [], row
         while True:
@@ -146,7 +148,7 @@ class CTDataset(Dataset):
                 unreadable.append(place)
                 if len(unreadable) > self.max_bad:
                     raise
-            alike = self.indices(self.rows[row].split)
+            alike = self.alike(row)
             if len(unreadable) == len(alike):
                 raise ValueError(f"none of the {self.rows[row].split} slices can be read")
             place = next_row(place, alike, unreadable)
@@ -168,6 +170,15 @@ class CTDataset(Dataset):
         """Rows that belong to one of the splits."""
         return [i for i, row in enumerate(self.rows) if row.split in splits]
 
+    def label_names(self, *splits: str) -> list[str]:
+        """The labels of the `indices` of the splits, "" for none."""
+        return [self.rows[i].label for i in self.indices(*splits)]
+
+    def alike(self, row: int) -> list[int]:
+        """The rows of its split, and with `by_label` of its label, of which one may replace it."""
+        rows, label = self.indices(self.rows[row].split), class_of(self.rows[row].label)
+        return [i for i in rows if not self.by_label or class_of(self.rows[i].label) == label]
+
     def summary(self) -> str:
         """How many slices there are to train on and to validate with."""
         train, held = len(self.indices("train")), len(self.indices("val"))
@@ -183,8 +194,7 @@ class CTDataset(Dataset):
     def notes(self) -> list[str]:
         """What is assumed of the files: their scale, and whether they are resized."""
         unreadable = self.read_or_replace(0)[2] if self.max_bad else []
-        alike = self.indices(self.rows[0].split)
-        first = next_row(0, alike, unreadable) if unreadable else 0
+        first = next_row(0, self.alike(0), unreadable) if unreadable else 0
         array, is_hu = ct.decode(self.root / self.rows[first].image)
         notes = []
         if not is_hu and self.rescale is None:

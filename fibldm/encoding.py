@@ -319,6 +319,10 @@ class LatentDataset:
         chosen = self.table["split"].isin(splits)
         return np.flatnonzero(chosen if views else chosen & (self.table["view"] == 0)).tolist()
 
+    def label_names(self, *splits: str) -> list[str]:
+        """The labels of the `indices` of the splits, "" for none."""
+        return self.table["label"].iloc[self.indices(*splits)].tolist()
+
     def summary(self) -> str:
         """How many latents there are to train on, and slices to validate with."""
         train, slices = self.indices("train"), self.indices("train", views=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fibldm import distributed
+from fibldm.balance import BalancedBatches
 from fibldm.batches import Batches, MicroBatch, Plan, Progress
 from fibldm.checkpoint import Stateful
 from fibldm.cli import STOPPED
@@ -132,9 +133,22 @@ class Run:
         if step:
             say(f"{folder.path}: going on after step {step} of {plan.steps}")
 
-    def batches_of(self, rows: Sequence[int], unreadable: Collection[int] = ()) -> Batches:
-        """The batches of the steps that are left; rows whose images cannot be read are left out."""
-        self.batches = Batches(rows, self.plan, self.progress.step, self.progress.bad_images)
+    def batches_of(
+        self,
+        rows: Sequence[int],
+        unreadable: Collection[int] = (),
+        labels: Sequence[str] = (),
+    ) -> Batches:
+        """The batches of the steps that are left; rows whose images cannot be read are left out.
+
+        `labels`: of the rows, by which they are drawn where the plan says so.
+        """
+        given = rows, self.plan, self.progress.step, self.progress.bad_images
+        if self.plan.balance_labels is None:
+            self.batches = Batches(*given)
+        else:
+            self.batches = BalancedBatches(*given, labels)
+            say(self.batches.summary())
         self.guard.leave_out(self.batches, unreadable)
         return self.batches
 

@@ -134,6 +134,29 @@ def test_batch_size_that_does_not_divide(phantoms, tmp_path, capsys):
     assert not (tmp_path / "run").exists()  # so the corrected command is not another's settings
 
 
+@pytest.mark.parametrize("stage", ["vae", "unet", "controlnet"])
+def test_classes_to_balance_that_are_not_those_of_the_data(
+    stage, stages, phantoms, tmp_path, capsys
+):
+    inputs, script = {
+        "vae": (vae_options(phantoms, tmp_path), train_vae),
+        "unet": (unet_options(stages, tmp_path), train_ldm_unet),
+        "controlnet": (controlnet_options(stages, tmp_path), train_controlnet),
+    }[stage]
+    more = ["--steps", "1", "--balance_labels", "fibrose=0.5", "normal=0.5"]
+    message = error_of(script, [*inputs, *more], capsys)
+    for word in "--balance_labels fibrose=0.5 normal=0.5", "expected a weight", "fibrosis: ":
+        assert word in message
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_labels_to_balance_that_are_absent(data, tmp_path, capsys):
+    write_rows(data, [row[:3] for row in rows_of(data)])
+    words = vae_options(data, tmp_path / "run", "--steps", "1", "--balance_labels")
+    message = error_of(train_vae, words, capsys)
+    assert "at least two classes in the column label" in message and "unlabeled: " in message
+
+
 def test_a_gpu_that_is_absent(phantoms, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

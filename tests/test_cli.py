@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import train_vae
 from fibldm import cli, distributed
+from fibldm.batches import Plan
 from fibldm.cli import STOPPED, duration, out_of_memory, run_script
 
 INF = ("nan", "inf", "-inf", "1e999")
@@ -54,6 +55,7 @@ def test_a_shift_in_pixels_is_told_in_its_unit(capsys):
         *("--warmup_steps -1", "--patience -1", "--num_workers -1", "--kl_weight -1"),
         *("--kl_weight nan", "--perceptual_weight inf", "--window nan 400", "--window 400 -1000"),
         *("--val_fraction 0.6 --test_fraction 0.4", "--seed 1e3", "--split_seed 0.5"),
+        *("--balance_labels a=0.5 b=0.6", "--balance_labels fibrosis", "--balance_labels a=1 a=1"),
         *("--lr inf", "--ema_decay 1.1", "--max_shift -0.1", "--time_limit -5"),
     ],
 )
@@ -61,6 +63,19 @@ def test_numbers_that_make_no_sense_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
         train_vae.parse_args(words.split())
     assert ended.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_weights_of_classes_have_one_spelling():
+    """So that a run may be resumed with them in another order."""
+    for words, expected in (
+        ([], None),
+        (["--balance_labels"], []),
+        (["--balance_labels", "normal=.50", "fibrosis=5e-1"], ["fibrosis=0.5", "normal=0.5"]),
+        (["--balance_labels", "a=b=0.75", "two words=0.25"], ["a=b=0.75", "two words=0.25"]),
+    ):
+        args = train_vae.parse_args(words)
+        assert args.balance_labels == expected
+        assert Plan.of(vars(args)).balance_labels == expected
 
 
 def test_auto_is_the_cores_that_a_process_has(monkeypatch):

@@ -78,6 +78,8 @@ def test_a_tab_and_a_byte_order_mark_do_no_harm(parse):
         ("window: [1]", ["window: found ['1']", "expected 2 values"]),
         ("window: 1", ["window: found '1'", "expected 2 values"]),
         ("window: [400, -1000]", ["window: found", "expected LOW below HIGH"]),
+        ("balance_labels: [a=1, b=1]", ["balance_labels: found", "sum to 2"]),
+        ("balance_labels: true", ["balance_labels: found", "expected NAME=WEIGHT"]),
         ("window: [[1], 2]", ["window: found"]),
         ("compile: 1", ["compile: found '1'", "expected true or false"]),
         ("val_fraction: 0.5\ntest_fraction: 0.5", ["--val_fraction 0.5 and --test_fraction 0.5"]),
@@ -140,7 +142,11 @@ def test_of_options_that_exclude_each_other_the_command_line_wins(parse, refused
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_every_stage_takes_its_own_settings_again(stage, parse):
     words = ["--vae_checkpoint", "v", "--unet_checkpoint", "u", "--contours", "c", "--label", "a=1"]
-    args = stage.parse_args(words if stage is sample else [])
+    words = words if stage is sample else []
+    if stage in (train_vae, train_ldm_unet, train_controlnet):
+        assert parse(stage, {"balance_labels": []}).balance_labels == []
+        words = ["--balance_labels", "b=0.5", "a=.5"]
+    args = stage.parse_args(words)
     content = {**vars(args), "environment": {"command": "x"}}
     assert parse(stage, content, name="args.json") == args
 

@@ -20,6 +20,7 @@ from small_data import SIZE, SPLIT, dataset_of, make_data, write_pair
 
 import train_vae
 from fibldm import ct, datasets
+from fibldm.balance import BalancedBatches
 from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.datasets import (
     CHECKED,
@@ -227,6 +228,24 @@ def test_decoding_processes_of_a_thread_end_without_error(tmp_path):
     assert [batch["row"].tolist() for batch, _ in items] == [[2], [3]]
     process.join()
     assert process.exitcode == 0
+
+
+def test_what_replaces_an_unreadable_slice_is_of_its_label_where_labels_are_balanced(tmp_path):
+    """And it is the slice that a resumed run draws instead, which knows the row."""
+    csv_file = make_data(tmp_path)
+    data = dataset_of(csv_file, max_bad=1, by_label=True)
+    train, labels = data.indices("train"), data.label_names("train")
+    assert labels == ["healthy"] * 2 + ["fibrosis"] * 2 + ["healthy"] * 2 + ["fibrosis"] * 2
+    bad = train[1]
+    (tmp_path / data.rows[bad].image).write_bytes(b"gone")
+    found = data[bad]
+    assert torch.equal(found["image"], data[train[4]]["image"]) and train[4] == bad + 3
+    assert found["unreadable"].tolist() == [bad]
+    assert torch.equal(dataset_of(csv_file, max_bad=1)[bad]["image"], data[train[2]]["image"])
+    plan = Plan(5, 8, balance_labels=[])
+    before, after = (BalancedBatches(train, plan, 0, rows, labels) for rows in ([], [bad]))
+    rows = [row for batch in before for row in batch]
+    assert [train[4] if row == bad else row for row in rows] == [r for b in after for r in b]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from small_data import SIZE, SPLIT, dataset_of, make_data
 
+from fibldm.balance import BalancedBatches
 from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.checkpoint import load, save, save_model
 from fibldm.datasets import CHECKED, CTDataset, Views
@@ -306,6 +308,26 @@ def test_views_are_further_rows_of_training_slices(tmp_path):
     assert not np.array_equal(data.latents[count], data.latents[count + len(train)])
     with pytest.raises(ValueError, match=r"its views: found \[3, 0.1, 0.05\].*--overwrite"):
         encode(tmp_path / "views", csv_file, vae_file)
+
+
+def test_views_of_a_rare_class_are_drawn_equally_often(tmp_path):
+    csv_file, vae_file = make_data(tmp_path / "data"), save_vae(tmp_path / "vae.pth")
+    text = csv_file.read_text().splitlines()
+    labels = ["fibrosis" if line.startswith("p0") else "normal" for line in text[1:]]
+    rows = [line.split(",") for line in text[1:]]
+    rows = [[*row[:3], label, row[4]] for row, label in zip(rows, labels, strict=True)]
+    csv_file.write_text("\n".join([text[0], *map(",".join, rows)]) + "\n")
+    encode(tmp_path / "views", csv_file, vae_file, views=Views(3, 0.1, 0.05))
+    data = LatentDataset(tmp_path / "views")
+    train, plan = data.indices("train"), Plan(36, 8, balance_labels=[])
+    assert len(train) == 24
+    batches = BalancedBatches(train, plan, 0, (), data.label_names("train"))
+    drawn = Counter(row for batch in batches for row in batch)
+    of_class = {
+        name: [drawn[r] for r in train if data.table["label"][r] == name] for name in labels
+    }
+    assert {name: len(counts) for name, counts in of_class.items()} == {"fibrosis": 6, "normal": 18}
+    assert set(of_class["fibrosis"]) <= {23, 24, 25} and set(of_class["normal"]) <= {7, 8, 9}
 
 
 def test_a_view_does_not_depend_on_the_other_rows(tmp_path):

@@ -20,7 +20,17 @@ DATA = {
     *("tables", "datasets", "encoding", "limits", "disk"),
 }
 TRAINING = {
-    *("cli", "config", "batches", "run", "journal", "distributed", "checkpoint", "validation"),
+    *(
+        "cli",
+        "config",
+        "balance",
+        "batches",
+        "run",
+        "journal",
+        "distributed",
+        "checkpoint",
+        "validation",
+    ),
     *("guard", "reconstruction", "tracking"),
 }
 JUDGEMENT = {
@@ -87,12 +97,12 @@ MAY_IMPORT = {
     "disease": {"ct", "verdicts"},
     "panels": {"disk"},
     "tables": {"disk", "limits"},
-    "datasets": {"batches", "ct", "disk", "distributed", "limits", "tables"},
+    "datasets": {"balance", "batches", "ct", "disk", "distributed", "limits", "tables"},
     "encoding": {
         *("batches", "checkpoint", "ct", "datasets", "disk", "distributed", "limits", "tables"),
         *("unet", "vae"),
     },
-    "conditions": {"ct", "encoding", "tables", "unet"},
+    "conditions": {"balance", "ct", "encoding", "tables", "unet"},
     "synthesis": {
         *("batches", "checkpoint", "conditions", "controlnet", "ct", "distributed", "export"),
         *("optim", "privacy", "samplers", "scheduler", "tables", "unet", "vae"),
@@ -111,12 +121,13 @@ MAY_IMPORT = {
     },
     "report": {"disease", "disk", "evaluation", "verdicts"},
     "batches": {"distributed", "optim"},
+    "balance": {"batches", "tables"},
     "config": {"limits", "unet"},
-    "cli": {"config", "distributed", "optim"},
+    "cli": {"balance", "config", "distributed", "optim"},
     "guard": {"batches", "disk", "distributed", "journal"},
     "run": {
-        *("batches", "checkpoint", "cli", "config", "distributed", "guard", "journal", "optim"),
-        "tracking",
+        *("balance", "batches", "checkpoint", "cli", "config", "distributed", "guard", "journal"),
+        *("optim", "tracking"),
     },
     "reconstruction": {
         *("anatomy", "batches", "datasets", "distributed", "features", "panels", "run", "vae"),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
 from fibldm.losses import structural_loss
 from fibldm.optim import Muon
+from fibldm.run import Run
 from fibldm.tables import Split, read_table
 from fibldm.unet import UNet
 from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE, grain_loss
@@ -500,10 +502,12 @@ def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     """Killed at step 7, after the save at step 5; the same command ends bit-identical."""
     script, more = SCRIPTS[stage], ["--steps", "12", "--save_interval", "5", "--val_interval", "4"]
     more += {
-        "vae": [],
+        "vae": ["--balance_labels"],
         "unet": ["--dropout", "0.3", "--lr_schedule", "cosine"],
         "controlnet": ["--lr_schedule", "cooldown"],
     }[stage]
+    if stage != "vae":
+        more += ["--balance_labels", "fibrosis=0.8", "normal=0.2"]
     run(script, options(stage, stages, phantoms, tmp_path / "whole", *more))
     killed = options(stage, stages, phantoms, tmp_path / "killed", *more)
     assert run_and_die(script, killed, step=7, number=signal.SIGKILL) == -signal.SIGKILL
@@ -515,6 +519,39 @@ def test_12_steps_equal_5_and_kill_and_7(stage, stages, phantoms, tmp_path):
     assert_same_state(tmp_path / "whole" / best, tmp_path / "killed" / best)
     steps = [row["step"] for row in read_log(tmp_path / "killed")]
     assert steps == sorted(steps) and steps.count(12) == 2  # one row of training, one of validation
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_classes_are_balanced_in_each_stage(stage, stages, phantoms, tmp_path, monkeypatch, capsys):
+    """The rows that are trained on, what is said of them, and that a run keeps its weights."""
+    seen, batches_of = [], Run.batches_of
+
+    def watched(self, rows, *rest, **labels):
+        batches = batches_of(self, rows, *rest, **labels)
+        seen.append([row for step in range(1, 6) for row in batches.rows_of(step)])
+        return batches
+
+    monkeypatch.setattr(Run, "batches_of", watched)
+
+    def train(*given):
+        script = SCRIPTS[stage]
+        run(script, options(stage, stages, phantoms, tmp_path, "--steps", "5", *given))
+
+    train("--balance_labels", "normal=0.20", "fibrosis=0.8")
+    labels = LatentDataset(stages / "latents").table["label"]
+    if stage == "vae":
+        labels = [row.label for row in read_table(phantoms / "label.csv", phantoms, Split())[0]]
+    counts = Counter(labels[row] for row in seen[0])
+    assert counts["fibrosis"] == pytest.approx(16, abs=2) and sum(counts.values()) == 20
+    assert "--balance_labels, shares of 20 draws: fibrosis 0.8 from" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "args.json").read_text())
+    assert kept["balance_labels"] == ["fibrosis=0.8", "normal=0.2"]
+    train("--balance_labels", "fibrosis=0.8", "normal=0.2")  # in another order: the same run
+    for other in [], ["--balance_labels"], ["--balance_labels", "normal=0.5", "fibrosis=0.5"]:
+        with pytest.raises(
+            ValueError, match=r"other settings: --balance_labels was \['fibrosis=0.8'"
+        ):
+            train(*other)
 
 
 def test_a_longer_cooldown_equals_one_that_was_never_shorter(stages, tmp_path):
@@ -755,6 +792,7 @@ def assert_close_weights(a: Path, b: Path, name: str) -> None:
 def test_two_gloo_processes_equal_one(stage, stages, phantoms, tmp_path):
     """Same global batch, same weights; also with the share cut in two parts."""
     script, more = SCRIPTS[stage], ["--steps", "3", "--lr", "1e-3"]
+    more += [] if stage == "controlnet" else ["--balance_labels", "fibrosis=0.7", "normal=0.3"]
     parts = ["--grad_accum", "2"]
     run(script, options(stage, stages, phantoms, tmp_path / "one", *more))
     torchrun(script, options(stage, stages, phantoms, tmp_path / "two", *more, *parts))
