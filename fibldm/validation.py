@@ -90,9 +90,12 @@ class Validation:
         run.log(step, values, "val")
         copies = values.get("copies", 0) > self.max_copies
         if copies:
+            classes = [n for n in self.data.classes if f"copies_{n}" in values]
+            shares = ", ".join(f"{name} {values[f'copies_{name}']:.0%}" for name in classes)
             warn(
-                f"step {step}: {values['copies']:.0%} of the samples are nearer to a training "
-                f"slice than held-out slices are (--max_copies {self.max_copies:g}): the model "
+                f"step {step}: {values['copies']:.0%} of the samples{shares and f' ({shares})'} "
+                "are nearer to a training slice than held-out slices are "
+                f"(--max_copies {self.max_copies:g}): the model "
                 "memorizes. More patients or --views, a smaller model or more --dropout help; an "
                 "earlier snapshot is kept as the best where there is one"
             )
@@ -183,24 +186,27 @@ class Validation:
         contours = data.contours[self.rows[: len(shown)]]
         self.run.picture(step, lambda path: write_samples(path, shown, contours))
         values = {**self.realism.compute(), "dice": float(agreement.mean())}
-        return {**values, **self.copying(latents)}
+        return {**values, **self.copying(latents, [labels[i] for i in own])}
 
-    def copying(self, latents: list[np.ndarray]) -> dict[str, float]:
+    def copying(self, latents: list[np.ndarray], labels: list[str | None]) -> dict[str, float]:
         """`copies`: the share of all ranks' samples that are copies, by their latents.
 
-        `distance_to_training`: of the samples to the nearest training slice, the median; 1 is
-        that of held-out slices, 0 a copy (fibldm.privacy).
+        `copies_NAME`: of those asked for by a class. `distance_to_training`: of the samples to the
+        nearest training slice, the median; 1 is that of held-out slices, 0 a copy (fibldm.privacy).
         """
         if self.privacy is None:
             return {}
         matches = self.privacy.nearest(None, np.stack(latents)) if latents else []
-        found = [(match.flagged, match.distances["latents"]) for match in matches]
-        pairs = np.array([pair for rank in distributed.gather(found) for pair in rank])
+        own = zip(labels, matches, strict=True)
+        own = [(label, match.flagged, match.distances["latents"]) for label, match in own]
+        found = [sample for rank in distributed.gather(own) for sample in rank]
+        copies = {"copies": float(np.mean([flagged for _, flagged, _ in found]))}
+        for name in self.data.classes:
+            if flags := [flagged for label, flagged, _ in found if label == name]:
+                copies[f"copies_{name}"] = float(np.mean(flags))
         usual = float(np.median(self.privacy.heldout["latents"]))
-        return {
-            "copies": float(pairs[:, 0].mean()),
-            "distance_to_training": float(np.median(pairs[:, 1])) / max(usual, 1e-12),
-        }
+        distance = float(np.median([distance for *_, distance in found]))
+        return {**copies, "distance_to_training": distance / max(usual, 1e-12)}
 
 
 class Realism:

@@ -113,7 +113,8 @@ def describe_validation(checkpoints: dict[str, Path], facts: dict[str, dict]) ->
         for row in read_log(file.parent):
             if row["step"] == facts[kind].get("step"):
                 values |= {n.removeprefix("val/"): v for n, v in row.items() if n[:4] == "val/"}
-        for name in VALIDATION:
+        by_class = sorted(name for name in values if name.startswith("copies_"))
+        for name in (*VALIDATION, *by_class):
             if name in values:
                 step = facts[kind]["step"]
                 lines.append(f"| {NAMES[kind]} | {step} | {name} | {values[name]:.4g} |")

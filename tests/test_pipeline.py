@@ -436,6 +436,7 @@ def test_validation_logs_what_it_should(stages, without_weights):
         assert {"val/loss", "val/ssim", "val/dice", "val/n_real", "val/n_fake"} <= last.keys()
         assert sum(name.startswith("val/loss_t") for name in last) == 8
         assert {"val/contour_gap", "val/copies", "val/distance_to_training"} <= last.keys()
+        assert {"val/copies_fibrosis", "val/copies_normal"} & last.keys()
         assert "val/fid" not in last and "val/lpips" not in last  # no weights: no number
         assert all(np.isfinite(value) for value in last.values())
 

@@ -150,6 +150,26 @@ def test_samples_of_held_out_patients_are_no_copies_and_those_of_training_slices
     assert run.progress.worse == 1 and not run.progress.copies
 
 
+def test_copies_are_counted_by_the_class_that_was_asked_for(data, validate, said, denoise):
+    """All of one class: those samples copy a training slice, the others are held-out slices."""
+    measured = validate()
+    labels = [data.table["label"][row] for row in measured.rows]
+    assert set(labels) == {"fibrosis", "normal"}
+    known = {
+        data.contours[row].tobytes(): torch.from_numpy(data.latents[row]) for row in measured.rows
+    }
+    for row, label in zip(measured.rows, labels, strict=True):
+        if label == "fibrosis":
+            copied = data.latents[data.indices("train")[0]]
+            known[data.contours[row].tobytes()] = torch.from_numpy(copied)
+    denoise(lambda contours, x: torch.stack([known[np.asarray(c).tobytes()] for c in contours]))
+    measured.measure(3)
+    values = measured.run.values
+    assert (values["copies_fibrosis"], values["copies_normal"]) == (1, 0)
+    assert values["copies"] == pytest.approx(labels.count("fibrosis") / len(labels))
+    assert "(fibrosis 100%, normal 0%)" in next(line for line in said() if "memorizes" in line)
+
+
 def test_max_copies_is_what_the_user_says(data, validate, denoise):
     denoise(gives(data.latents[data.indices("train")[0]]))
     assert validate(max_copies=1.0).measure(1)
