@@ -101,9 +101,8 @@ class Parser(argparse.ArgumentParser):
             return words[str(value).lower()]
         several = action.nargs not in (None, "?")
         words = value if isinstance(value, list) and several else [value]
-        if (not words and action.nargs != "*") or (
-            isinstance(action.nargs, int) and len(words) != action.nargs
-        ):
+        exact = isinstance(action.nargs, int)
+        if len(words) != action.nargs if exact else not words and action.nargs != "*":
             self.error(f"{what}, expected {action.nargs} values")
         converted = []
         for word in words:

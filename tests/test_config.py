@@ -58,6 +58,13 @@ def test_values_of_yaml_are_what_they_would_be_on_the_command_line(parse):
     assert (args.channels, args.blocks) == ([16, 32], [2, 2])
 
 
+def test_a_list_may_be_empty_where_the_option_may_stand_alone(parse, refused):
+    needed = {**MODELS, "unconditional": True}
+    args = parse(sample, {**needed, "compare_labels": []})
+    assert args.compare_labels == [] and parse(sample, needed).compare_labels is None
+    assert "expected + values" in refused(sample, {**needed, "label": []})
+
+
 def test_a_tab_and_a_byte_order_mark_do_no_harm(parse):
     assert parse(train_vae, '\ufeff{\n\t"steps": 7\n}', name="a.json").steps == 7
 
