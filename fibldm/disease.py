@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 from skimage.feature import graycomatrix, graycoprops
 
 from fibldm.ct import DEFAULT_WINDOW, Window
@@ -83,20 +83,27 @@ def measure(hu: np.ndarray, mask: np.ndarray, window: Window = DEFAULT_WINDOW) -
         return dict.fromkeys([*QUANTITIES, *NOISE], float("nan"))
     spread = float(inside.std())
     even = spread < 1e-3  # skewness and kurtosis divide by it
-    low, high = HIGH_ATTENUATION
+    standard = np.full_like(inside, np.nan) if even else (inside - inside.mean()) / spread
     found = {
         "mean": inside.mean(),
         "median": np.median(inside),
         "sd": spread,
-        "skewness": np.nan if even else stats.skew(inside),
-        "kurtosis": np.nan if even else stats.kurtosis(inside),
-        "high_attenuation": ((inside >= low) & (inside <= high)).mean(),
+        "skewness": (standard**3).mean(),
+        "kurtosis": (standard**4).mean() - 3,
+        "high_attenuation": high_attenuation(hu, mask),
         "low_attenuation": (inside < LOW_ATTENUATION).mean(),
         **_texture(hu, mask),
         "area": mask.mean(),
         **dict(zip(NOISE, noise_power(hu, mask, window), strict=True)),
     }
     return {name: float(value) for name, value in found.items()}
+
+
+def high_attenuation(hu: np.ndarray, mask: np.ndarray) -> float:
+    """The share of a lung mask (H, W) with HU in HIGH_ATTENUATION; NaN for an empty mask."""
+    low, high = HIGH_ATTENUATION
+    inside = hu[mask]
+    return float(((inside >= low) & (inside <= high)).mean()) if inside.size else float("nan")
 
 
 def _checked(hu: np.ndarray, mask: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
