@@ -1,8 +1,10 @@
 """Pictures of slices side by side: grids of samples, panels of reconstructions."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +13,9 @@ from skimage.segmentation import find_boundaries
 from fibldm.disk import write_atomically
 
 OUTLINE = (255, 190, 0)
+REAL = "real slice"  # the title of its column
 MIN_CELL = 128  # pixels: smaller slices are enlarged by a whole factor
+PANEL_LINE = 18  # pixels from one line of text to the next
 SHEET_CELL, CAPTION_LINES, CAPTION_WIDTH = 224, 5, 34  # pixels; lines; characters a line, at most
 
 
@@ -37,40 +41,90 @@ def beside(columns: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts[1:], axis=1)
 
 
-def write_panel(path: Path, columns: dict[str, np.ndarray], per_line: int = 4) -> None:
+def write_panel(
+    path: Path,
+    columns: dict[str, np.ndarray],
+    per_line: int = 4,
+    captions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
     """Write a PNG: for each of N items its cells side by side, `per_line` items a line.
 
-    `columns` maps a title to RGB uint8 (N, H, W, 3), all of one shape.
+    `columns` maps a title to RGB uint8 (N, H, W, 3), all of one shape; `captions` a title to N
+    texts below its cells. Titles and captions are broken into lines where they are long.
     """
-    titles, arrays = list(columns), list(columns.values())
+    arrays = list(columns.values())
     count, height, width = arrays[0].shape[:3]
     factor = -(-MIN_CELL // height)
     height, width = factor * height, factor * width
     per_line = min(per_line, count)
-    lines, gap, header = -(-count // per_line), 8, 24
-    item = width * len(arrays) + gap
-    canvas = Image.new("RGB", (per_line * item - gap, header + lines * (height + gap) - gap))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
-    for i in range(per_line):
-        for j, title in enumerate(titles):
-            draw.text((i * item + j * width + 4, 3), title, font=font, fill=(255, 255, 255))
-    for i in range(count):
-        top, left = header + (i // per_line) * (height + gap), (i % per_line) * item
-        for j, array in enumerate(arrays):
-            cell = Image.fromarray(array[i]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(cell, (left + j * width, top))
+    font, gap = ImageFont.load_default(15), 8
+    titles = [_broken(title, font, width - 8) for title in columns]
+    below = {
+        list(columns).index(title): [_broken(text, font, width - 8) for text in texts]
+        for title, texts in captions.items()
+    }
+    header = 6 + PANEL_LINE * max(1, *map(len, titles))
+    texts = [len(text) for column in below.values() for text in column]
+    footer = PANEL_LINE * max(texts, default=0) + 4 * any(texts)
+    item, line = width * len(arrays) + gap, height + footer + gap
+    lines = -(-count // per_line)
+    canvas = Image.new("RGB", (per_line * item - gap, header + lines * line - gap))
+    draw = ImageDraw.Draw(canvas)
+    for i, (j, title) in product(range(per_line), enumerate(titles)):
+        _write_lines(draw, (i * item + j * width + 4, 3), title, font)
+    for i, (j, array) in product(range(count), enumerate(arrays)):
+        top, left = header + (i // per_line) * line, (i % per_line) * item + j * width
+        cell = Image.fromarray(array[i]).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(cell, (left, top))
+        if j in below:
+            _write_lines(draw, (left + 4, top + height + 2), below[j][i], font)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, canvas.save)
 
 
-def write_samples(path: Path, images: np.ndarray, contours: np.ndarray | None) -> None:
-    """The grid of samples (N, H, W) in [-1, 1]: contour, sample, overlay; or samples alone."""
+def _write_lines(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], font: ImageFont.FreeTypeFont
+) -> None:
+    for k, line in enumerate(lines):
+        draw.text((at[0], at[1] + k * PANEL_LINE), line, font=font, fill=(255, 255, 255))
+
+
+def write_samples(
+    path: Path, images: np.ndarray, contours: np.ndarray | None, captions: Sequence[str] = ()
+) -> None:
+    """The grid of samples (N, H, W) in [-1, 1], with N captions if there are any.
+
+    Contour, sample, overlay; or samples alone.
+    """
+    below = {"sample": captions} if captions else {}
     if contours is None:
-        write_panel(path, {"sample": grey(images)}, per_line=8)
+        write_panel(path, {"sample": grey(images)}, per_line=8, captions=below)
         return
     drawn = grey(2.0 * contours.max(axis=1) - 1)
     columns = {"contour": drawn, "sample": grey(images), "overlay": overlay(images, contours)}
-    write_panel(path, columns, per_line=4)
+    write_panel(path, columns, per_line=4, captions=below)
+
+
+def write_comparison(
+    path: Path,
+    samples: dict[str, np.ndarray],
+    contours: np.ndarray | None,
+    real: np.ndarray | None,
+    captions: dict[str, Sequence[str]],
+) -> None:
+    """The grid of samples that differ in their label alone, a row for each of N noises.
+
+    Contour, real slice, a column for each title of `samples` (N, H, W) in [-1, 1], and the last of
+    them with its contour; without contours or real slices (N, H, W) these columns are left out.
+    captions: N texts below the cells of a title; that of real slices is REAL.
+    """
+    columns = {} if contours is None else {"contour": grey(2.0 * contours.max(axis=1) - 1)}
+    columns |= {} if real is None else {REAL: grey(real)}
+    columns |= {title: grey(images) for title, images in samples.items()}
+    if contours is not None:
+        title, images = list(samples.items())[-1]
+        columns[f"contour on {title}"] = overlay(images, contours)
+    write_panel(path, columns, per_line=1, captions=captions)
 
 
 def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
@@ -83,11 +137,11 @@ def write_reconstructions(path: Path, inputs: np.ndarray, outputs: np.ndarray) -
     write_panel(path, columns, per_line=2)
 
 
-def _broken(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """A caption's lines, none of them longer than a cell of the sheet."""
-    for width in range(CAPTION_WIDTH, 1, -1):
-        lines = textwrap.wrap(caption, width)
-        if all(font.getlength(line) <= SHEET_CELL for line in lines):
+def _broken(caption: str, font: ImageFont.FreeTypeFont, pixels: int = SHEET_CELL) -> list[str]:
+    """A caption's lines, none of them longer than a cell of so many pixels."""
+    for width in range(CAPTION_WIDTH, 0, -1):
+        lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, width)]
+        if all(font.getlength(line) <= pixels for line in lines):
             break
     return lines
 

@@ -38,6 +38,27 @@ def test_grid_shows_contour_sample_and_overlay(tmp_path):
     assert (last[4:-4, 4:124] == 255).all() and (last[4:-4, 132:252] == 255).all()
 
 
+def test_grid_has_a_label_below_each_sample(tmp_path):
+    images, contours = np.full((5, 64, 64), -1.0), np.zeros((5, 1, 64, 64), np.uint8)
+    long = "usual interstitial pneumonia, probable"
+    write_samples(tmp_path / "a.png", images, contours, ["normal", "", "", long, "normal"])
+    picture = np.asarray(Image.open(tmp_path / "a.png")).max(axis=2)
+    cell, gap, line = 128, 8, 18
+    header, footer = 6 + line, 4 + 3 * line  # the long caption takes three lines
+    assert picture.shape[0] == header + 2 * (cell + footer + gap) - gap
+    below = picture[header + cell : header + cell + footer]
+    for i, lines in enumerate((1, 0, 0, 3)):
+        left = i * (3 * cell + gap)
+        assert not below[:, left : left + cell].any()  # below the contour
+        sample, overlay = (below[:, left + k * cell : left + (k + 1) * cell] for k in (1, 2))
+        assert not overlay.any()  # no caption runs into the next cell
+        assert [bool(sample[k * line : (k + 1) * line].any()) for k in range(3)] == [
+            k < lines for k in range(3)
+        ]
+    write_samples(tmp_path / "b.png", images, None)
+    assert Image.open(tmp_path / "b.png").height == header + cell
+
+
 def test_difference_is_four_times_and_grey_at_zero(tmp_path):
     x = np.zeros((1, 128, 128))
     write_reconstructions(tmp_path / "panel.png", x, x + 0.1)
