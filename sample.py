@@ -2,25 +2,20 @@
 
 import argparse
 import json
-from dataclasses import asdict, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fibldm import cli, conditions, distributed, export
+from fibldm import cli, comparison, conditions, distributed, export, samples
 from fibldm.checkpoint import environment
 from fibldm.conditions import Conditions, label_name
-from fibldm.datasets import chunks
 from fibldm.encoding import LatentDataset
-from fibldm.privacy import Privacy, read_privacy
 from fibldm.samplers import SAMPLERS
-from fibldm.samples import SampleFolder, describe_copies
 from fibldm.scheduler import SPACINGS
-from fibldm.synthesis import ATTEMPTS, NEXT_SEED, Sampling, Synthesizer
+from fibldm.synthesis import ATTEMPTS, Sampling, Synthesizer
 from fibldm.tables import SPLITS
 
-GRID = 32  # samples in grid.png
 # Options that may differ in a folder of the same samples.
 FREE_OPTIONS = {"output_dir", "overwrite", "batch_size", "timeout", "dry_run"}
 
@@ -44,11 +39,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--latent_data_dir", help="take contours and labels from a latent data set")
     given.add_argument("--unconditional", action="store_true", help="no contour")
     add("--split", choices=SPLITS, default="val", help="of --latent_data_dir")
-    add("--label", nargs="+", metavar="NAME",
+    label = source.add_mutually_exclusive_group().add_argument
+    label("--label", nargs="+", metavar="NAME",
         help="class name for all samples (default: the data set's, or none); or weights of several "
         "that sum to 1, for what lies between: normal=0.4 fibrosis=0.6")
+    label("--compare_labels", nargs="*", metavar="NAME",
+        help="draw each contour with each of these labels (without names: all classes), from the "
+        "same noise: the same lungs with and without disease; weights go in quotes")
     add("--num_samples", type=cli.positive,
-        help="contours are used in turn (default: one sample a contour; 16 if unconditional)")
+        help="contours are used in turn (default: one sample a contour; 16 if unconditional); "
+        "with --compare_labels: samples of each label")
     add, rare = parser.add_argument_group("sampling").add_argument, parser.rare.add_argument
     add("--sampler", choices=SAMPLERS, default=Sampling.sampler, help="ddpm is random")
     add("--steps", type=cli.positive, default=Sampling.steps, help="evaluations of the denoiser")
@@ -88,22 +88,10 @@ def read_conditions(args: argparse.Namespace, model: Synthesizer) -> tuple[Condi
     if args.label is not None:
         label = conditions.parse_label(args.label, model.classes)
         asked = replace(asked, labels=[label] * len(asked.names))
+    if args.compare_labels is not None:
+        compared = conditions.parse_compared(args.compare_labels, model.classes)
+        asked = replace(asked, compared=compared)
     return asked, notes
-
-
-def read_avoid(args: argparse.Namespace) -> tuple[Privacy | None, list[str]]:
-    """The training slices of --drop_copies with thresholds by its held-out ones, and notes."""
-    if args.drop_copies is None:
-        return None, []
-    data = LatentDataset(args.drop_copies)
-    data.lineage(args.vae_checkpoint)
-    privacy, what = read_privacy(data), f"--drop_copies {args.drop_copies}"
-    if privacy is None:
-        raise ValueError(
-            f"{what}: fewer than 2 held-out slices, expected more: they tell how near is too near"
-        )
-    caution = privacy.caution()
-    return privacy, [f"WARNING: {what}: {caution}"] if caution else []
 
 
 def main(args: argparse.Namespace) -> None:
@@ -119,32 +107,30 @@ def main(args: argparse.Namespace) -> None:
     # Models and contours.
     checkpoints = args.vae_checkpoint, args.unet_checkpoint, args.controlnet_checkpoint
     model = Synthesizer.from_checkpoints(*checkpoints, device, args.precision)
-    (asked, notes), (avoid, cautions) = read_conditions(args, model), read_avoid(args)
+    asked, notes = read_conditions(args, model)
+    avoid, cautions = samples.read_avoid(args.drop_copies, args.vae_checkpoint)
     say(*notes, *cautions)
     fields = {name: getattr(args, name) for name in Sampling.__dataclass_fields__}
     how = Sampling(**{**fields, "guidance_interval": tuple(args.guidance_interval)})
-    names = [label_name(label) for label in asked.labels]
+    names = [label_name(label) for label in asked.compared or asked.labels]
     settings = {name: v for name, v in vars(args).items() if name not in FREE_OPTIONS}
     settings["samples_of"] = model.request_hash(asked.contours, names, args.seed, how, avoid)
     settings = json.loads(json.dumps({**settings, "environment": environment()}))
-    output = SampleFolder(Path(args.output_dir), args.format, settings, args.overwrite)
+    output = samples.SampleFolder(Path(args.output_dir), args.format, settings, args.overwrite)
     distributed.barrier()  # no rank writes before all have looked
-    count = args.num_samples or (16 if args.unconditional else len(names))
+    noises = args.num_samples or (16 if args.unconditional else len(asked.names))
     if output.whole:
         return say(f"{output.folder} holds these samples already; nothing to draw")
 
     # Sample: each rank its part, but what is there since an earlier start.
-    own, attempts, copies = distributed.share(count), {}, []
-    size = -(-args.batch_size // distributed.world_size())
+    count, attempts, copies = noises * asked.per_noise, {}, []
+    part = distributed.share(noises)
+    own = range(part.start * asked.per_noise, part.stop * asked.per_noise)
     if output.begun and avoid is None:
         attempts = {i: 0 for i in own if output.path(i).is_file()}
         say(*[f"{output.folder}: begun before; going on"] * bool(attempts))
-    # A batch of which some are there is drawn whole: in another the last bits would differ.
-    batches = [batch for batch in chunks(own, size) if not attempts.keys() >= {*batch}]
-    drawn = model.sample(
-        asked.contours, asked.labels, indices=chain(*batches), seed=args.seed,
-        batch_size=size, avoid=avoid, copies=True, **asdict(how),
-    )  # fmt: skip
+    size = -(-args.batch_size // distributed.world_size())
+    drawn = samples.draw(model, asked, part, {*attempts}, args.seed, how, size, avoid)
     if args.dry_run:
         return say(f"--dry_run: {count} samples can be drawn into {output.folder}")
     pixel_spacing = args.pixel_spacing or model.pixel_spacing
@@ -153,20 +139,21 @@ def main(args: argparse.Namespace) -> None:
     distributed.barrier()
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(own), initial=len(attempts), desc="sampling", disable=quiet) as bar:
-        for sample in drawn:
+        for i, sample in drawn:
             distributed.alive()
             if sample.copy_of is not None:
-                copies.append((sample.index, sample.copy_of))
-            elif sample.index not in attempts:
-                sample.save(output.path(sample.index), args.pixel_spacing)
-                attempts[sample.index] = sample.attempt
+                copies.append((i, sample.copy_of))
+            elif i not in attempts:
+                sample.save(output.path(i), args.pixel_spacing)
+                attempts[i] = sample.attempt
                 bar.update()
 
-    # How they look, and how well the lungs follow the contours, from the files.
-    images, agreement = output.look(sorted(attempts), asked, model.window, GRID)
-    images, agreement, copies, attempts = (
+    # How well the lungs follow the contours, and how diseased they are, from the files.
+    follow = asked.contours is not None
+    looks = output.look(sorted(attempts), asked, model.window) if follow or asked.compared else []
+    looks, copies, attempts = (
         [item for part in distributed.gather(list(found)) for item in part]
-        for found in (images, agreement, copies, attempts.items())
+        for found in (looks, copies, attempts.items())
     )
     if not distributed.is_main():
         return
@@ -179,19 +166,18 @@ def main(args: argparse.Namespace) -> None:
 
     # The grid, and the table, which tells that all is there.
     models = dict(zip(("vae", "unet", "controlnet"), [c or "" for c in checkpoints], strict=True))
-    rows = [
-        {"seed": args.seed + k * NEXT_SEED, "attempt": k, **models} for _, k in sorted(attempts)
-    ]
-    output.finish(sorted(dict(attempts)), rows, asked, images[:GRID])
-    say(f"{output.folder}: {len(rows)} samples ({args.format}), samples.csv, grid.png")
+    output.finish(dict(attempts), args.seed, models, asked, model.window)
+    say(f"{output.folder}: {len(attempts)} samples ({args.format}), samples.csv, grid.png")
     if avoid is not None:
         left_out = [output.path(i).name for i in range(count) if i not in dict(attempts)]
-        say(f"--drop_copies: {describe_copies(copies, left_out)}")
+        say(f"--drop_copies: {samples.describe_copies(copies, left_out, asked)}")
     if pixel_spacing is None and args.format in ("nifti", "dicom"):
         say("pixels are written as 1 mm, an assumption: the data's are unknown (--pixel_spacing)")
-    if agreement:
-        mean = sum(agreement) / len(agreement)
-        say(f"mean Dice of contours and lungs segmented from {len(rows)} samples: {mean:.3f}")
+    if asked.compared:
+        shares = {look.sample: look.high_attenuation for look in looks}
+        say(*comparison.describe_high_attenuation(shares, asked, model.window))
+    if follow:
+        say(samples.describe_agreement(looks))
 
 
 if __name__ == "__main__":

@@ -31,18 +31,51 @@ class ContourForm(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RealSlices:
+    """The slices that contours were taken from: these rows of a latent data set."""
+
+    data: LatentDataset
+    rows: list[int]
+
+    def images(self, places: Sequence[int]) -> np.ndarray:
+        """Slices (N, S, S) in [-1, 1] of the contours at these places."""
+        return self.data.heldout_images([self.rows[k] for k in places], "cpu")[:, 0].numpy()
+
+
+@dataclass(frozen=True)
 class Conditions:
-    """Contours (M, K, S, S), or None; and a name and a label for each of them."""
+    """Contours (M, K, S, S), or None; and a name and a label for each of them.
+
+    compared: labels that take the place of a contour's own; it is drawn with each of them, from the
+    same noise. Of L such labels samples n * L to n * L + L - 1 have noise n, by which the
+    `Synthesizer` numbers samples. Without them L is 1. real: what the contours were taken from.
+    """
 
     contours: np.ndarray | None
     names: list[str]
     labels: list[Label]
+    compared: Sequence[Label] = ()
+    real: RealSlices | None = None
 
-    def of(self, indices: Sequence[int]) -> np.ndarray | None:
-        """The contours of samples, (N, K, S, S): sample i has contour i modulo M."""
+    @property
+    def per_noise(self) -> int:
+        """L, how many samples there are of each noise."""
+        return len(self.compared) or 1
+
+    def place(self, sample: int) -> int:
+        """Where a sample's contour and name are: noise n has contour n modulo M."""
+        return sample // self.per_noise % len(self.names)
+
+    def label(self, sample: int) -> Label:
+        if self.compared:
+            return self.compared[sample % self.per_noise]
+        return self.labels[self.place(sample)]
+
+    def of(self, samples: Sequence[int]) -> np.ndarray | None:
+        """The contours of samples, (N, K, S, S)."""
         if self.contours is None:
             return None
-        return self.contours[[i % len(self.contours) for i in indices]]
+        return self.contours[[self.place(sample) for sample in samples]]
 
 
 # Contours.
@@ -123,6 +156,7 @@ def conditions_of(
         fit_contours(contours, form),
         [f"{PAIRED}{image}" for image in table["image"]],
         [name if name in classes else "" for name in table["label"]],
+        real=None if split == "train" else RealSlices(data, rows),  # it has none of train
     )
     return asked, style_notes(contours, form.style)
 
@@ -139,7 +173,14 @@ def label_name(label: Label) -> str:
     return " ".join(f"{name}={text}" for name, text in exact.items())
 
 
-def parse_label(words: Sequence[str], classes: Sequence[str]) -> Label:
+def label_caption(label: Label) -> str:
+    """A label below a picture: a class name, "40 % normal, 60 % fibrosis", or "no label"."""
+    if not isinstance(label, Mapping):
+        return label or "no label"
+    return ", ".join(f"{100 * weight:g} % {name}" for name, weight in label.items())
+
+
+def parse_label(words: Sequence[str], classes: Sequence[str], option: str = "--label") -> Label:
     """A label as typed, NAME or NAME=WEIGHT of several classes; ValueError where it is neither."""
     text = " ".join(words)
     if text in classes or not any("=" in word for word in words):
@@ -147,7 +188,24 @@ def parse_label(words: Sequence[str], classes: Sequence[str]) -> Label:
     try:
         return parse_weights(words)
     except ValueError as error:
-        raise ValueError(f"--label {error}") from None
+        raise ValueError(f"{option} {error}") from None
+
+
+def parse_compared(texts: Sequence[str], classes: Sequence[str]) -> list[Label]:
+    """Two labels or more as typed for --compare_labels, each a text; all classes for no texts.
+
+    ValueError where the U-Net does not know them, or one comes twice.
+    """
+    option = "--compare_labels"
+    split = [[text] if text in classes else text.split() for text in texts]
+    labels = [parse_label(words, classes, option) for words in split] or list(classes)
+    names = [label_name(label) for label in labels]
+    if len({*names}) < max(2, len(names)):
+        found = f"{names}; the U-Net knows the classes {list(classes) or '(none)'}"
+        raise ValueError(f"{option}: expected two labels or more, each once; found {found}")
+    for label in labels:
+        read_label(label, classes)
+    return labels
 
 
 def read_label(label: Label, classes: Sequence[str]) -> int | list[float]:

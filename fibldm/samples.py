@@ -2,28 +2,99 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from fibldm import ct, export, limits
-from fibldm.conditions import PAIRED, SUFFIXES, Conditions, label_name
+from fibldm import comparison, ct, export, limits
+from fibldm.conditions import PAIRED, SUFFIXES, Conditions, label_caption, label_name
+from fibldm.datasets import chunks
+from fibldm.disease import high_attenuation
 from fibldm.disk import file_hash, replace_text
+from fibldm.encoding import LatentDataset
 from fibldm.lungs import lung_mask
 from fibldm.metrics import contour_dice
 from fibldm.panels import write_samples
-from fibldm.synthesis import ATTEMPTS
+from fibldm.privacy import Privacy, read_privacy
+from fibldm.synthesis import ATTEMPTS, NEXT_SEED, Sample, Sampling, Synthesizer
 from fibldm.tables import Row, list_some, read_csv, write_csv
 
-COLUMNS = ("file", "contour", "label", "seed", "attempt", "vae", "unet", "controlnet")
+COLUMNS = ("file", "contour", "label", "noise", "seed", "attempt", "vae", "unet", "controlnet")
 LEFT = ("samples.csv", "dataset.json", "args.json")  # what a run leaves beside its samples
+GRID = 32  # samples in grid.png, unless labels are compared
 
 
-def describe_copies(copies: Sequence[tuple[int, str]], left_out: Sequence[str]) -> str:
+class Look(NamedTuple):
+    """What a sample's file shows: Dice of contour and lungs (NaN without contour), and the share of
+    the lungs with high attenuation (NaN without lungs)."""
+
+    sample: int
+    dice: float
+    high_attenuation: float
+
+
+def draw(
+    model: Synthesizer,
+    asked: Conditions,
+    noises: Sequence[int],
+    there: Collection[int],
+    seed: int,
+    how: Sampling,
+    batch_size: int,
+    avoid: Privacy | None,
+) -> Iterator[tuple[int, Sample]]:
+    """Each sample of these noises, with its number, but for batches that are `there` whole.
+
+    A batch of which some are there is drawn whole: in another the last bits would differ. What the
+    models cannot give is refused at once, by ValueError.
+    """
+
+    def numbered(drawn: Iterator[Sample], k: int) -> Iterator[tuple[int, Sample]]:
+        return ((sample.index * asked.per_noise + k, sample) for sample in drawn)
+
+    parts = []
+    for k, label in enumerate(asked.compared or [asked.labels]):
+        batches = [
+            batch
+            for batch in chunks(noises, batch_size)
+            if not all(noise * asked.per_noise + k in there for noise in batch)
+        ]
+        drawn = model.sample(
+            asked.contours, label, indices=chain(*batches), seed=seed,
+            batch_size=batch_size, avoid=avoid, copies=True, **asdict(how),
+        )  # fmt: skip
+        parts.append(numbered(drawn, k))
+    return chain.from_iterable(parts)
+
+
+def read_avoid(folder: str | None, vae_file: str) -> tuple[Privacy | None, list[str]]:
+    """The training slices of --drop_copies with thresholds by its held-out ones, and notes."""
+    if folder is None:
+        return None, []
+    data = LatentDataset(folder)
+    data.lineage(vae_file)
+    privacy, what = read_privacy(data), f"--drop_copies {folder}"
+    if privacy is None:
+        raise ValueError(
+            f"{what}: fewer than 2 held-out slices, expected more: they tell how near is too near"
+        )
+    caution = privacy.caution()
+    return privacy, [f"WARNING: {what}: {caution}"] if caution else []
+
+
+# What is said of samples.
+
+
+def describe_copies(
+    copies: Sequence[tuple[int, str]], left_out: Sequence[str], asked: Conditions
+) -> str:
     """How many samples were drawn again, of how many patients, and which are not written.
 
     copies: (number, training patient) of each draw that was a copy.
@@ -31,10 +102,20 @@ def describe_copies(copies: Sequence[tuple[int, str]], left_out: Sequence[str]) 
     again, patients = len({i for i, _ in copies}), len({patient for _, patient in copies})
     text = f"{again} samples drawn again ({len(copies)} draws were copies, of {patients} training "
     text += "patients)"
+    if asked.compared and again:
+        drawn = Counter(label_caption(asked.label(i)) for i in {i for i, _ in copies})
+        text += f": {', '.join(f'{count} of {label}' for label, count in drawn.items())}"
+        text += "\nSamples drawn again have other noise than those beside them (samples.csv: seed)."
     if left_out:
         text += f"\nWARNING: {len(left_out)} samples are not written, still copies after "
         text += f"{ATTEMPTS} attempts:{list_some(left_out)}"
     return text
+
+
+def describe_agreement(looks: Sequence[Look]) -> str:
+    """How well the lungs of samples follow the contours."""
+    mean = np.mean([look.dice for look in looks])
+    return f"mean Dice of contours and lungs segmented from {len(looks)} samples: {mean:.3f}"
 
 
 class SampleFolder:
@@ -84,42 +165,61 @@ class SampleFolder:
     def path(self, index: int) -> Path:
         return self.folder / f"sample_{index:05d}{self.suffix}"
 
-    def look(
-        self, indices: Sequence[int], asked: Conditions, window: ct.Window, shown: int
-    ) -> tuple[list[np.ndarray], list[float]]:
-        """The first `shown` samples, (S, S) in [-1, 1], and the Dice of contours and lungs of all.
-
-        They are read from the files: what is given away is what is measured.
-        """
-        images, agreement = [], []
+    def _read(self, index: int, window: ct.Window) -> np.ndarray:
+        """A sample's HU, (S, S), from its file: what is given away is what is measured."""
         rescale = export.png_info(window).rescale if self.suffix == ".png" else None
+        return ct.read_hu(self.path(index), rescale, window)
+
+    def look(self, indices: Sequence[int], asked: Conditions, window: ct.Window) -> list[Look]:
+        """How well the lungs follow the contours, and how diseased they are."""
+        found = []
         for i in indices:
-            hu = ct.read_hu(self.path(i), rescale, window)
-            if len(images) < shown:
-                images.append(ct.hu_to_unit(hu, window))
-            if asked.contours is not None:
-                contour = asked.of([i]).max(axis=1) > 0
-                agreement.append(float(contour_dice(lung_mask(hu)[None], contour)[0]))
-        return images, agreement
+            hu = self._read(i, window)
+            mask, contour = lung_mask(hu), asked.of([i])
+            dice = np.nan if contour is None else contour_dice(mask[None], contour.max(1) > 0)[0]
+            found.append(Look(i, float(dice), high_attenuation(hu, mask)))
+        return found
 
     def finish(
         self,
-        indices: Sequence[int],
-        rows: list[dict[str, object]],
+        attempts: Mapping[int, int],
+        seed: int,
+        models: dict[str, str],
         asked: Conditions,
-        images: Sequence[np.ndarray],
+        window: ct.Window,
     ) -> None:
-        """Write grid.png of the first images (S, S) and, last, samples.csv of all indices.
+        """Write grid.png and, last, samples.csv, which tells that all is there.
 
-        rows: what the table says of each sample, besides its file and what was asked for.
+        attempts: of each sample that is written; models: the checkpoints.
         """
-        shown = asked.of(indices[: len(images)])
-        write_samples(self.folder / "grid.png", np.stack(images), shown)
-        for i, row in zip(indices, rows, strict=True):
-            k = i % len(asked.names)
-            row |= {"file": self.path(i).name, "contour": asked.names[k]}
-            row["label"] = label_name(asked.labels[k])
+        grid = self.folder / "grid.png"
+        if asked.compared:
+            read = partial(self._read, window=window)
+            comparison.write_rows(grid, attempts, asked, read, window)
+        else:
+            self._write_grid(grid, sorted(attempts)[:GRID], asked, window)
+        rows = [
+            {
+                "file": self.path(i).name,
+                "contour": asked.names[asked.place(i)],
+                "label": label_name(asked.label(i)),
+                "noise": i // asked.per_noise,
+                "seed": seed + attempts[i] * NEXT_SEED,
+                "attempt": attempts[i],
+                **models,
+            }
+            for i in sorted(attempts)
+        ]
         write_csv(self.table, rows, COLUMNS)
+
+    def _write_grid(
+        self, path: Path, shown: Sequence[int], asked: Conditions, window: ct.Window
+    ) -> None:
+        """Some samples, with the names of their labels where any has one."""
+        images = np.stack([ct.hu_to_unit(self._read(i, window), window) for i in shown])
+        labels = [asked.label(i) for i in shown]
+        captions = [label_caption(label) for label in labels] if any(labels) else []
+        write_samples(path, images, asked.of(shown), captions)
 
 
 @dataclass(frozen=True)

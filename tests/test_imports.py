@@ -35,7 +35,7 @@ TRAINING = {
 }
 JUDGEMENT = {
     *("features", "distances", "verdicts", "weights", "metrics", "disease", "privacy", "samples"),
-    *("measurement", "evaluation", "report"),
+    *("comparison", "measurement", "evaluation", "report"),
 }
 SYNTHESIS = {"conditions", "synthesis"}
 BUFFERS = {"latent_shift", "latent_gain", "usage"}  # of PyTorch and of argparse
@@ -107,9 +107,10 @@ MAY_IMPORT = {
         *("batches", "checkpoint", "conditions", "controlnet", "ct", "distributed", "export"),
         *("optim", "privacy", "samplers", "scheduler", "tables", "unet", "vae"),
     },
+    "comparison": {"conditions", "ct", "datasets", "disease", "lungs", "panels"},
     "samples": {
-        *("conditions", "ct", "disk", "export", "limits", "lungs", "metrics"),
-        *("panels", "synthesis", "tables"),
+        *("comparison", "conditions", "ct", "datasets", "disease", "disk", "encoding", "export"),
+        *("limits", "lungs", "metrics", "panels", "privacy", "synthesis", "tables"),
     },
     "measurement": {
         *("ct", "datasets", "disease", "disk", "features", "lungs", "metrics", "samples"),

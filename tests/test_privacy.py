@@ -1,6 +1,7 @@
 """Copies of training slices are found, slices of other patients are not; sample.py drops copies."""
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -363,6 +364,20 @@ def test_copies_are_drawn_again(models, memorized, tmp_path, capsys):
     again = draw(models, tmp_path / "batches", "--num_samples", "8", *more)
     assert again == rows
     assert np.allclose(np.load(tmp_path / "batches" / file), image, 0, 0.5)
+
+
+def test_copies_are_told_by_label(models, memorized, tmp_path, capsys):
+    """A sample that is drawn again has other noise than that of the other label."""
+    memorized(always=False)
+    options = ["--num_samples", "4", "--drop_copies", models / "latents", "--compare_labels"]
+    rows = draw(models, tmp_path, *options)
+    assert [row["noise"] for row in rows] == [str(i // 2) for i in range(8)]
+    labels = [row["label"] for row in rows if row["attempt"] != "0"]
+    said = capsys.readouterr().out
+    assert f"--drop_copies: {len(labels)} samples drawn again" in said and labels
+    for label in {*labels}:
+        assert re.search(rf"patients\): .*\b{labels.count(label)} of {label}", said)
+    assert "drawn again have other noise" in said
 
 
 def test_a_model_that_only_copies_writes_nothing(models, memorized, tmp_path):
