@@ -40,11 +40,14 @@ step "4/5 The ControlNet: steering it by contours"
     --save_dir $OUT/controlnet --lr 5e-4 --batch_size 16 \
     --steps 100 --val_interval 100 --val_samples 32 $RUN_OPTIONS
 
-step "5/5 Sampling for 32 held-out contours"
-"$PYTHON" sample.py --vae_checkpoint $OUT/vae/vae_best.pth --unet_checkpoint $OUT/unet/unet_best.pth \
-    --controlnet_checkpoint $OUT/controlnet/controlnet_best.pth --latent_data_dir $OUT/latents \
-    --num_samples 32 --output_dir $OUT/samples --overwrite --device cpu
-
 step "What was measured on held-out patients, at the last validation of each stage"
 "$PYTHON" scripts/show_metrics.py $OUT/vae $OUT/unet $OUT/controlnet
-printf '\n%d s. Look at it (contour, sample, overlay): %s\n' "$SECONDS" "$PWD/$OUT/samples/grid.png"
+
+step "5/5 Sampling: 16 held-out contours, each without and with fibrosis from the same noise"
+"$PYTHON" sample.py --vae_checkpoint $OUT/vae/vae_best.pth --unet_checkpoint $OUT/unet/unet_best.pth \
+    --controlnet_checkpoint $OUT/controlnet/controlnet_best.pth --latent_data_dir $OUT/latents \
+    --compare_labels normal fibrosis --num_samples 16 --output_dir $OUT/samples --overwrite \
+    --device cpu
+
+printf '\n%d s. Look at the same lungs without and with fibrosis: %s\n' \
+    "$SECONDS" "$PWD/$OUT/samples/grid.png"
