@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
         say("pixels are written as 1 mm, an assumption: the data's are unknown (--pixel_spacing)")
     if asked.compared:
         shares = {look.sample: look.high_attenuation for look in looks}
-        say(*comparison.describe_high_attenuation(shares, asked, model.window))
+        say(*comparison.describe_high_attenuation(shares, asked))
     if follow:
         say(samples.describe_agreement(looks))
 

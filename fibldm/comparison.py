@@ -22,12 +22,11 @@ def write_rows(
     attempts: Mapping[int, int],
     asked: Conditions,
     read: Callable[[int], np.ndarray],
-    window: ct.Window,
 ) -> None:
     """Write a PNG with a row for each of some noises, evenly chosen, in the lung window.
 
     Contour and real slice, where there are any; the samples of all labels; the contour on the last
-    of them. attempts: of the samples that are there; read: HU (S, S) of one; window: of the models.
+    of them. attempts: of the samples that are there; read: HU (S, S) of one.
     """
     each = asked.per_noise
     rows = [noise * each for noise in spread(sorted({i // each for i in attempts}), ROWS)]
@@ -42,14 +41,12 @@ def write_rows(
         captions[title] = ["left out" if n is None else "drawn again" * (n > 0) for n in done]
     places, real = [asked.place(i) for i in rows], None
     if asked.real is not None:
-        real = ct.hu_to_unit(ct.unit_to_hu(asked.real.images(places), window), SHOWN)
+        real = ct.hu_to_unit(asked.real.hu(places), SHOWN)
         captions[REAL] = [label_caption(asked.labels[place]) for place in places]
     write_comparison(path, samples, asked.of(rows), real, captions)
 
 
-def describe_high_attenuation(
-    shares: Mapping[int, float], asked: Conditions, window: ct.Window
-) -> list[str]:
+def describe_high_attenuation(shares: Mapping[int, float], asked: Conditions) -> list[str]:
     """Lines: for each label the mean share of the lungs with high attenuation.
 
     shares: of each sample. Beside a label that is no mixture stands the share of at most MOST_REAL
@@ -62,8 +59,7 @@ def describe_high_attenuation(
         line = f"  {label_caption(label)}: {_mean_share(own, 'samples')}"
         if asked.real is not None and isinstance(label, str):  # no mixture
             places = [place for place, name in enumerate(asked.labels) if name == label]
-            slices = (asked.real.images([place])[0] for place in spread(places, MOST_REAL))
-            hus = [ct.unit_to_hu(image, window) for image in slices]
+            hus = (asked.real.hu([place])[0] for place in spread(places, MOST_REAL))
             own = [high_attenuation(hu, lung_mask(hu)) for hu in hus]
             line += f"; {_mean_share(own, 'real slices')}"
         lines.append(line)

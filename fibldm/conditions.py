@@ -37,9 +37,10 @@ class RealSlices:
     data: LatentDataset
     rows: list[int]
 
-    def images(self, places: Sequence[int]) -> np.ndarray:
-        """Slices (N, S, S) in [-1, 1] of the contours at these places."""
-        return self.data.heldout_images([self.rows[k] for k in places], "cpu")[:, 0].numpy()
+    def hu(self, places: Sequence[int]) -> np.ndarray:
+        """HU (N, S, S) of the slices of the contours at these places."""
+        images = self.data.heldout_images([self.rows[k] for k in places], "cpu")[:, 0]
+        return ct.unit_to_hu(images.numpy(), self.data.window)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class SampleFolder:
         grid = self.folder / "grid.png"
         if asked.compared:
             read = partial(self._read, window=window)
-            comparison.write_rows(grid, attempts, asked, read, window)
+            comparison.write_rows(grid, attempts, asked, read)
         else:
             self._write_grid(grid, sorted(attempts)[:GRID], asked, window)
         rows = [

@@ -119,9 +119,7 @@ def test_samples_that_copies_took_the_place_of_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "write_comparison", lambda path, *rest: seen.update(given=rest))
     asked = Conditions(None, [""], [""], ["normal", "fibrosis"])
     attempts = {0: 0, 1: 2, 3: 0}
-    comparison.write_rows(
-        tmp_path, attempts, asked, lambda i: np.full((4, 4), -600.0), ct.DEFAULT_WINDOW
-    )
+    comparison.write_rows(tmp_path, attempts, asked, lambda i: np.full((4, 4), -600.0))
     samples, contours, real, captions = seen["given"]
     assert contours is None and real is None
     assert captions == {
@@ -133,11 +131,11 @@ def test_samples_that_copies_took_the_place_of_are_told(tmp_path, monkeypatch):
 def test_slices_without_lungs_have_no_share(stages):
     asked = Conditions(None, ["a"], ["normal"], ["normal", ""])
     shares = {0: 0.1, 1: float("nan"), 2: float("nan"), 3: float("nan"), 4: 0.3}
-    said = comparison.describe_high_attenuation(shares, asked, ct.DEFAULT_WINDOW)
+    said = comparison.describe_high_attenuation(shares, asked)
     assert said[1:] == ["  normal: 20.0 % in 2 of 3 samples", "  no label: no samples with lungs"]
     real = RealSlices(LatentDataset(stages / "latents"), [])
     said = comparison.describe_high_attenuation(
-        shares, replace(asked, labels=["fibrosis"], real=real), ct.DEFAULT_WINDOW
+        shares, replace(asked, labels=["fibrosis"], real=real)
     )
     assert said[1] == "  normal: 20.0 % in 2 of 3 samples; no real slices"
 
