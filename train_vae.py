@@ -10,16 +10,15 @@ import torch
 from fibldm import cli, distributed
 from fibldm.batches import Plan
 from fibldm.checkpoint import read_start
-from fibldm.config import begun_with
 from fibldm.ct import DEFAULT_WINDOW
 from fibldm.datasets import CHECKED, CTDataset, training_slices
 from fibldm.disk import file_hash
-from fibldm.losses import reconstruction_loss, structural_loss
 from fibldm.optim import EMA, Muon, clear_gradients, clip_gradients, optimizer_step
-from fibldm.reconstruction import VAEValidation, choose_perceptual, input_warnings
+from fibldm.reconstruction import VAEValidation, input_warnings
 from fibldm.run import Run
 from fibldm.tables import Split, read_table
-from fibldm.vae import VAE, grain_loss, moved
+from fibldm.texture import random_angles
+from fibldm.vae import TEXTURE_WEIGHT, VAE
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,15 +79,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--kl_weight", type=cli.not_negative, default=1e-6,
         help="weight of the KL divergence, which is summed over a slice's latent",
     )  # fmt: skip
-    parser.rare.add_argument(
-        "--perceptual", choices=("auto", "lpips", "structural", "none"), default="auto",
-        help="perceptual loss; structural: of gradients and SSIM, which needs no weights; auto: "
-        "LPIPS where its weights are found, else structural",
-    )  # fmt: skip
-    parser.rare.add_argument(
-        "--perceptual_weight", type=cli.not_negative, default=0.1,
-        help="weight of the perceptual loss; that of L1 is 1",
-    )  # fmt: skip
     cli.add_training_options(
         parser, steps=20_000, batch_size=16, lr=2e-3, warmup_steps=200, ema_decay=0.999,
         save_interval=500, val_interval=1000,
@@ -118,8 +108,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Setup.
     device = distributed.setup(args.device, args.timeout)
-    before = begun_with(Path(args.save_dir)).get("perceptual")
-    args.perceptual, lpips = choose_perceptual(args.perceptual, device, before)
     run = Run(args.save_dir, Plan.of(vars(args)), device, vars(args))
     precision = run.precision
     split = Split(args.split_seed, args.val_fraction, args.test_fraction)
@@ -156,9 +144,7 @@ def main(args: argparse.Namespace) -> None:
     batches = run.batches_of(data.indices("train"), bad_rows, data.label_names("train"))
     most_pixels = round(args.max_shift * args.image_size)
     latent_shape = (args.latent_dim, args.latent_size, args.latent_size)
-    perceptual = {"lpips": lpips, "structural": structural_loss, "none": None}[args.perceptual]
-    rec_loss = partial(reconstruction_loss, perceptual=perceptual, weight=args.perceptual_weight)
-    validation = VAEValidation(data, rec_loss, lpips, run)
+    validation = VAEValidation(data, run)
     distributed.introduce(data.summary(), vae, device, precision.name)
 
     def validate(step: int) -> None:
@@ -171,19 +157,17 @@ def main(args: argparse.Namespace) -> None:
         training_slices, data, batches, args.num_workers, most_pixels, latent_shape, device
     )
     for step, micro_batches in run.steps(load, validate):
-        for micro, (x, noise, uniform, unreadable) in micro_batches:
+        for micro, (x, noise, texture_noise, uniform, unreadable) in micro_batches:
             run.note_unreadable(unreadable)
 
             # Loss.
             with distributed.sync_gradients(model, micro.last):
                 with precision.autocast():
-                    slices, posterior = model(x, noise)
-                    decoded = slices._replace(logvar=slices.logvar.detach())
-                    recon = decoded.sample(moved(vae.grain, uniform[:, 2:]))
-                    rec = rec_loss(slices.mean, recon, x, uniform[:, :2]).mean()
-                    kl, texture = posterior.kl(), grain_loss(*slices, x)
-                    loss = rec + args.kl_weight * kl + texture
-                run.average(loss=loss, reconstruction=rec, kl=kl, grain=texture)
+                    angles = random_angles(uniform)
+                    mean, posterior, texture = model(x, noise, texture_noise, angles)
+                    rec, kl, texture = (mean - x).abs().mean(), posterior.kl(), texture.mean()
+                    loss = rec + args.kl_weight * kl + TEXTURE_WEIGHT * texture
+                run.average(loss=loss, reconstruction=rec, kl=kl, texture=texture)
                 scaler.scale(loss / args.grad_accum).backward()
 
         # Step.

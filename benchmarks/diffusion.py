@@ -585,9 +585,9 @@ def draw_samples(
         else:
             with precision.autocast():
                 z = make(torch.from_numpy(contours[items]).to(device))(noise).float()
-        grain = item_noise(args.seed, "grain", 0, items, (1, SIZE, SIZE)).to(device)
+        texture = item_noise(args.seed, "texture", 0, items, (1, SIZE, SIZE)).to(device)
         latents.append(z.cpu().numpy())
-        slices.append(vae.decode(z / LATENT_SCALE, grain).clamp(-1, 1)[:, 0].cpu().numpy())
+        slices.append(vae.decode(z / LATENT_SCALE, texture).clamp(-1, 1)[:, 0].cpu().numpy())
     return np.concatenate(latents), np.concatenate(slices)
 
 

@@ -50,7 +50,7 @@ from fibldm.optim import EMA, Muon, Precision
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.tables import Split, read_table, write_csv
-from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped, fine_scale
+from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
@@ -82,7 +82,7 @@ class Ours(nn.Module):
         return self.vae.likelihood(z).mean
 
     def draw(self, z: Tensor) -> Tensor:
-        """With its grain, as the pipeline decodes."""
+        """With its texture, as the pipeline decodes."""
         return self.vae.decode(z)
 
 
@@ -437,7 +437,7 @@ def train_model(name: str, args: argparse.Namespace) -> None:
     """Train within the budget; a row of OUT/NAME.jsonl at each of COUNTS and at the end.
 
     Of the levers, which are many, at the end alone. `ours` is also written as OUT/ours_vae.pth, to
-    start train_vae.py from; its grain has learnt nothing.
+    start train_vae.py from; its texture decoder has learnt nothing.
     """
     train, held, lungs = load_slices(args)
     device, lpips = torch.device(args.device), load_lpips(torch.device(args.device))
@@ -658,7 +658,6 @@ def rows_table(title: str, rows: dict[str, dict]) -> str:
 def measure_files(args: argparse.Namespace) -> None:
     """Each VAE on the held-out slices and on real fibrosis, by its mean and as it decodes.
 
-    Beside them the slices themselves without what fibldm.grain takes for fine: what blur costs.
     `latents`: mean and variance, in the worst channel, of held-out latents; `grid`: power of the
     reconstructions' error on the grids of 2, 4, 8 and 16 pixels beside that next to them, 1 where
     there is no checkerboard.
@@ -668,10 +667,7 @@ def measure_files(args: argparse.Namespace) -> None:
     disease, lpips = fibrosis(args.ct), load_lpips(device)
     diseased = np.stack([lung_mask(hu) for hu in unit_to_hu(disease[:, 0].numpy())])
     sets = {"held-out slices": (held, lungs), "fibrosis": (disease, diseased)}
-    tables = {
-        name: {"without the fine scale": measure(x - fine_scale(x), x, masks, lpips)}
-        for name, (x, masks) in sets.items()
-    }
+    tables = {name: {} for name in sets}
     columns = {"original": grey(disease[:, 0].numpy())}
     for path in args.vae:
         vae, _ = checkpoint.load_model(path, VAE)
@@ -696,7 +692,7 @@ def measure_files(args: argparse.Namespace) -> None:
 
 
 def through(vae: VAE, x: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, 1, S, S) -> the mean of its reconstruction, that with grain, and its latents."""
+    """x (N, 1, S, S) -> the mean of its reconstruction, that with texture, and its latents."""
     parts = []
     for part in x.split(8):
         z = vae.encode(part.to(device)).mean

@@ -367,24 +367,24 @@ def training_slices(
     latent_shape: Sequence[int],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Moved slices, noise (as latents), uniform draws (N, 4) and unreadable rows, by micro-batch.
+    """Moved slices, noise (as latents, as slices), uniform draws (N,), unreadable rows.
 
-    In the order of `batches`, made while the one before trains. The slices are moved by `most`
-    pixels at most. The last two stay on the CPU.
+    Of each micro-batch, in the order of `batches`, made while the one before trains. The slices are
+    moved by `most` pixels at most.
     """
     loaded = iter(load_batches(data, batches, workers))  # not in a thread: see `load_slices`
 
     def make() -> Iterator[tuple[Tensor, ...]]:
         for batch, (step, positions, _) in zip(loaded, batches.all_micro_batches(), strict=True):
-            uniform = item_uniform(batches.plan.seed, "shift", step, positions, 6)
-            x = shift_slices(batch["image"], uniform[:, :2], most)
-            noise = item_noise(batches.plan.seed, "vae", step, positions, latent_shape)
-            yield (
-                to_device(x, device),
-                to_device(noise, device),
-                uniform[:, 2:],
-                batch["unreadable"],
+            seed, image = batches.plan.seed, batch["image"]
+            uniform = item_uniform(seed, "shift", step, positions, 3)
+            drawn = (
+                shift_slices(image, uniform[:, :2], most),
+                item_noise(seed, "vae", step, positions, latent_shape),
+                item_noise(seed, "texture", step, positions, image.shape[1:]),
+                uniform[:, 2],
             )
+            yield *(to_device(tensor, device) for tensor in drawn), batch["unreadable"]
 
     return ahead(make())
 

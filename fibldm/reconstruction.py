@@ -2,22 +2,23 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fibldm import distributed
 from fibldm.anatomy import hu_problem
-from fibldm.batches import item_uniform
+from fibldm.batches import item_noise, item_uniform
 from fibldm.datasets import CTDataset, ahead, chunks, load_slices, spread
 from fibldm.distributed import say, warn
-from fibldm.features import PerceptualDistance, load_lpips, missing_weights, reconstruction_metrics
+from fibldm.features import load_lpips, missing_weights, reconstruction_metrics
 from fibldm.panels import write_reconstructions
 from fibldm.run import Run
-from fibldm.vae import VAE, clipped, reconstruct
+from fibldm.texture import random_angles
+from fibldm.vae import TEXTURE_WEIGHT, VAE, clipped, reconstruct
 
 SEED = 0  # of validation's random numbers: the same in all runs, so that they can be compared
 BATCH, PANEL = 16, 8  # slices at a time, in the picture
@@ -29,18 +30,18 @@ ANEW = ", in another --save_dir"  # a run keeps its options
 BIAS = 0.02  # of the mean in [-1, 1]: 14 HU at the default window
 FLAT = 0.9  # standard deviation of reconstructions over that of slices
 
-SliceLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # mean, decoded, slices, offsets
-
 
 class VAEValidation:
     """Held-out slices, encoded and decoded: the loss, other metrics, and how latents are spread.
 
-    `loss` takes the mean, a drawn slice and the slice itself (N, 1, H, W), and offsets (N, 2) in
-    [0, 1) -> (N,). The ranks share the slices.
+    The ranks share the slices. Noise and angles are each slice's own, and always the same.
     """
 
-    def __init__(self, data: CTDataset, loss: SliceLoss, lpips: nn.Module | None, run: Run) -> None:
-        self.data, self.loss, self.lpips, self.run = data, loss, lpips, run
+    def __init__(self, data: CTDataset, run: Run) -> None:
+        self.data, self.run = data, run
+        missing = distributed.gather(missing_weights(["lpips"]))  # a rank may lack what others have
+        self.lpips = None if any(missing) else load_lpips(run.device)
+        say(*{text for found in missing for text in found.values()})
 
     def measure(self, vae: VAE, step: int) -> VAE | None:
         """Log and draw; a copy of the VAE with standard latents where it is the best so far."""
@@ -75,8 +76,7 @@ class VAEValidation:
         sums = self._sums(3, vae)
         for batch_rows, x in self._slices(own):
             posterior = vae.encode(x)
-            offsets = item_uniform(SEED, "val", 0, batch_rows, 2)  # each slice's own, always same
-            for name, value in self._metrics(vae, posterior.mean, x, offsets).items():
+            for name, value in self._metrics(vae, posterior.mean, x, batch_rows).items():
                 totals[name] = totals.get(name, 0) + value.sum().double()
             mean, noise = posterior.mean.double(), posterior.logvar.double().exp()
             sums += torch.stack([mean, mean.square(), noise]).sum(dim=(1, 3, 4))
@@ -87,13 +87,17 @@ class VAEValidation:
         sums = distributed.sum_over_ranks(sums)
         return values, moments(sums[:2], count), (sums[2] / count).sqrt().float()
 
-    def _metrics(self, vae: VAE, z: Tensor, x: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, vae: VAE, z: Tensor, x: Tensor, rows: list[int]) -> dict[str, Tensor]:
         """Loss and metrics (N,) of slices that are decoded, and the PSNR of their means."""
-        slices = vae.likelihood(z)
-        drawn = clipped(slices.sample(vae.grain))
-        loss = self.loss(slices.mean, drawn, x, offsets)
-        metrics = {"loss": loss, **reconstruction_metrics(drawn, x, self.lpips)}
-        return metrics | {"mean_psnr": reconstruction_metrics(clipped(slices.mean), x)["psnr"]}
+        known = vae.likelihood(z)
+        noise = item_noise(SEED, "texture", 0, rows, x.shape[1:]).to(x.device)
+        angles = random_angles(item_uniform(SEED, "angle", 0, rows, 1)[:, 0]).to(x.device)
+        texture = vae.texture.loss(known, x, noise, angles)
+        loss = (known.mean - x).abs().mean(dim=(1, 2, 3)) + TEXTURE_WEIGHT * texture
+        drawn = clipped(vae.draw(known, noise))
+        metrics = {"loss": loss, "texture": texture}
+        metrics |= reconstruction_metrics(drawn, x, self.lpips)
+        return metrics | {"mean_psnr": reconstruction_metrics(clipped(known.mean), x)["psnr"]}
 
     @torch.no_grad()
     def latent_moments(self, vae: VAE, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -127,26 +131,6 @@ class VAEValidation:
         x = torch.stack([self.data[row]["image"] for row in rows])
         decoded = reconstruct(vae, x.to(self.run.device)).cpu()
         write_reconstructions(path, x[:, 0].numpy(), decoded[:, 0].numpy())
-
-
-def choose_perceptual(
-    name: str, device: torch.device, before: str | None = None
-) -> tuple[str, PerceptualDistance | None]:
-    """What "auto" means here, and so in args.json; and LPIPS, where all ranks have its weights.
-
-    before: what a run that goes on has trained with: "auto" stays that. ValueError where LPIPS is
-    asked for and cannot be had.
-    """
-    name = before if name == "auto" and before else name
-    missing = [
-        text for found in distributed.gather(missing_weights(["lpips"])) for text in found.values()
-    ]
-    if name == "lpips" and missing:
-        raise ValueError(f"--perceptual lpips: {missing[0]}")
-    if name == "auto" and missing:
-        say(f"--perceptual auto is the structural loss. {missing[0]}")
-    auto = "structural" if missing else "lpips"
-    return auto if name == "auto" else name, None if missing else load_lpips(device)
 
 
 def input_warnings(data: CTDataset) -> list[str]:
@@ -201,7 +185,7 @@ def reconstruction_warnings(brightness: float, contrast: float) -> list[str]:
         warnings.append(
             f"reconstructions are {'darker' if brightness < 0 else 'brighter'} than their slices "
             f"by {abs(brightness) / 2:.1%} of the window, expected at most {BIAS / 2:.1%}; train "
-            f"longer, or lower --perceptual_weight{ANEW}"
+            "longer"
         )
     if contrast < FLAT:
         warnings.append(

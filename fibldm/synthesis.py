@@ -363,7 +363,7 @@ class Synthesizer:
             noise = None
             if indices is not None:
                 items = indices[start : start + BATCH]
-                noise = item_noise(seed, "grain", 0, items, (1, size, size)).to(self.device)
+                noise = item_noise(seed, "texture", 0, items, (1, size, size)).to(self.device)
             z = torch.from_numpy(np.asarray(part, np.float32)).to(self.device) / LATENT_SCALE
             images.append(clipped(self.vae.decode(z, noise))[:, 0].cpu())
         return torch.cat(images).numpy()

@@ -5,12 +5,10 @@ Pixels are moved into channels first (pixel-unshuffle), since work at full resol
 et al. 1974), as in JPEG. Training adds what is not linear.
 
 The finest texture does not fit into a latent, and a decoder that gives only the mean blurs it. So
-the decoder also predicts the strength of this texture in each place, and draws it at random. Video
-codecs call such texture film grain.
+this decoder gives a distribution, p(x | z), from which `fibldm.texture` draws.
 """
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,16 +23,17 @@ from fibldm.layers import (
     Upsample,
     zero_init,
 )
+from fibldm.texture import STEPS, Likelihood, TextureDecoder
 
 LATENT_SCALE = 0.18215  # Rombach et al. 2022: on disk, latent = mu * LATENT_SCALE
 LOGVAR_RANGE = (-12.0, 10.0)
 INITIAL_LOGVAR = -6.0
-GRAIN_RANGE = (-16.0, 0.0)  # of its log-variance: 0.2 to 700 HU in the default window
-INITIAL_GRAIN = -5.0  # log-variance, about that of the slices' own finest texture
+# The texture's loss is in nats a pixel. So is |x - mean| / b for a Laplacian, whose b is about:
+TEXTURE_WEIGHT = 0.05
 
 
 class DiagonalGaussian(NamedTuple):
-    """Mean and log-variance, of one shape: the posterior q(z | x), (N, C, h, w), or p(x | z)."""
+    """The posterior q(z | x): mean and log-variance, each (N, C, h, w)."""
 
     mean: Tensor
     logvar: Tensor
@@ -110,11 +109,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(N, C, h, w) -> p(x | z): mean and log-variance, each (N, 1, H, W).
+    """(N, C, h, w) -> the mean of p(x | z) (N, 1, H, W), and features of which texture is drawn.
 
     The mean has a linear shortcut that starts as the encoder's inverse. The last convolution, at
-    full resolution, hides the borders of patches. The log-variance is that of the grain. It is
-    computed from the features and sends no gradient into them.
+    full resolution, hides the borders of patches.
     """
 
     def __init__(self, patch: int, widths: list[int], blocks: int, latent_dim: int) -> None:
@@ -138,23 +136,15 @@ class Decoder(nn.Module):
             nn.PixelShuffle(patch),
             zero_init(nn.Conv2d(8, 1, 3, padding=1)),
         )
-        self.logvar = nn.Sequential(  # features are the mean's: one convolution can't tell lungs
-            nn.Conv2d(widths[0], widths[0], 3, padding=1),
-            nn.SiLU(),
-            zero_init(nn.Conv2d(widths[0], 1, 3, padding=1)),
-            nn.Upsample(scale_factor=patch, mode="bilinear"),
-        )
-        nn.init.constant_(self.logvar[2].bias, INITIAL_GRAIN)
         patterns, gains = cosine_basis(factor, latent_dim)
         inverse = zero_init(self.shortcut[0])
         with torch.no_grad():
             inverse.weight[:, : len(patterns), 1, 1] = (patterns / gains).flatten(1).T
 
-    def forward(self, z: Tensor) -> DiagonalGaussian:
-        """Latents (N, C, h, w) -> mean and log-variance of slices, each (N, 1, H, W), fp32."""
+    def forward(self, z: Tensor) -> Likelihood:
+        """Latents (N, C, h, w) -> p(x | z) of slices (N, 1, H, W), fp32."""
         h = self.network(z)
-        mean = self.mean(h).float() + self.shortcut(z).float()
-        return DiagonalGaussian(mean, self.logvar(h.detach()).float().clamp(*GRAIN_RANGE))
+        return Likelihood(self.mean(h).float() + self.shortcut(z).float(), h)
 
 
 class VAE(nn.Module):
@@ -196,12 +186,13 @@ class VAE(nn.Module):
             widths.append(base_channels * (len(widths) + 2) // 2)
         self.encoder = Encoder(patch, widths, blocks, latent_dim)
         self.decoder = Decoder(patch, widths, blocks, latent_dim)
+        self.texture = TextureDecoder(patch, widths[0])
         self.register_buffer("latent_shift", torch.zeros(1, latent_dim, 1, 1))
         self.register_buffer("latent_gain", torch.ones(1, latent_dim, 1, 1))
         noise = torch.randn(
             1, 1, image_size, image_size, generator=torch.Generator().manual_seed(0)
         )
-        self.register_buffer("grain", grain(noise), persistent=False)
+        self.register_buffer("noise", noise, persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -216,22 +207,35 @@ class VAE(nn.Module):
             logvar + 2 * self.latent_gain.log(),
         )
 
-    def likelihood(self, z: Tensor) -> DiagonalGaussian:
-        """z as for `decode` -> p(x | z): mean, and log-variance of the grain, each (N, 1, H, W)."""
+    def likelihood(self, z: Tensor) -> Likelihood:
+        """z as for `decode` -> p(x | z); its mean is what the latents know of a slice."""
         return self.decoder(z / self.latent_gain + self.latent_shift)
+
+    def draw(self, known: Likelihood, noise: Tensor | None = None, steps: int = STEPS) -> Tensor:
+        """A slice of each p(x | z), (N, 1, H, W), fp32; see `decode`."""
+        if noise is None:
+            noise = self.noise.expand_as(known.mean)
+        return self.texture.sample(known, noise, steps)
 
     def decode(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """z = latent / LATENT_SCALE (N, C, h, w) -> slices (N, 1, H, W), about [-1, 1], fp32.
 
-        noise: standard normal, (N, 1, H, W), what the grain is drawn from; by default the same for
+        noise: standard normal, (N, 1, H, W), from which texture is drawn; by default the same for
         all slices and calls.
         """
-        return self.likelihood(z).sample(self.grain if noise is None else grain(noise))
+        return self.draw(self.likelihood(z), noise)
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-        """Slices (N, 1, H, W) and noise (N, C, h, w) -> p(x | z) for one z, and the posterior."""
+    def forward(
+        self, x: Tensor, noise: Tensor, texture_noise: Tensor, angle: Tensor
+    ) -> tuple[Tensor, DiagonalGaussian, Tensor]:
+        """Slices -> the mean of p(x | z) for one z, the posterior, and the texture's loss (N,).
+
+        x (N, 1, H, W); noise (N, C, h, w), which draws z; texture_noise (N, 1, H, W) and angle
+        (N,), at which `TextureDecoder.loss` is taken.
+        """
         posterior = self.encode(x)
-        return self.likelihood(posterior.sample(noise)), posterior
+        known = self.likelihood(posterior.sample(noise))
+        return known.mean, posterior, self.texture.loss(known, x, texture_noise, angle)
 
     @torch.no_grad()
     def calibrate(self, mean: Tensor, std: Tensor) -> None:
@@ -259,63 +263,3 @@ def clipped(x: Tensor) -> Tensor:
 def reconstruct(vae: VAE, x: Tensor) -> Tensor:
     """Slices (N, 1, H, W) through the posterior's mean and back, clipped to [-1, 1]."""
     return clipped(vae.decode(vae.encode(x).mean))
-
-
-CUTOFF = 0.28  # cycles per pixel: waves of 3.6 pixels; what is longer is left to the mean
-SLOPE = 2.7  # power falls as frequency ** -2.7 in the lungs of 40 patients
-
-
-@cache
-def _bands(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The grain's band and spectrum over the frequencies of rfft2 for size x size pixels.
-
-    The band is 1 at the grain's frequencies and 0 below. The gain turns white noise into grain of
-    variance 1.
-    """
-    with torch.device("cpu"):  # it is kept, whatever the default device is now
-        at, half = torch.fft.fftfreq(size), torch.fft.rfftfreq(size)
-    radius = torch.hypot(at[:, None], half[None])
-    band = (radius > CUTOFF).float()
-    gain = band * radius.clamp(min=CUTOFF) ** (-SLOPE / 2)
-    twice = torch.where((half == 0) | (half == 0.5), 1.0, 2.0)  # rfft2 leaves their mirrors out
-    power = (gain.square() * twice).sum() / size**2
-    return band.to(device), (gain / power.clamp(min=1e-12).sqrt()).to(device)
-
-
-def fine_scale(x: Tensor) -> Tensor:
-    """The part of x (N, 1, S, S) at spatial frequencies above CUTOFF; fp32."""
-    band, _ = _bands(x.shape[-1], x.device)
-    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * band, s=x.shape[-2:])
-
-
-def grain(noise: Tensor) -> Tensor:
-    """White noise (N, 1, S, S) -> noise of variance 1 with the spectrum of CT's finest texture."""
-    _, gain = _bands(noise.shape[-1], noise.device)
-    return torch.fft.irfft2(torch.fft.rfft2(noise.float()) * gain, s=noise.shape[-2:])
-
-
-def moved(field: Tensor, uniform: Tensor) -> Tensor:
-    """Copies (N, 1, S, S) of a periodic grain (1, 1, S, S), shifted by `uniform` (N, 2) of S.
-
-    uniform: in [0, 1). A shifted grain is as good as a new one, and drawing a new one for each
-    slice takes 1.5 ms of a CPU.
-    """
-    size = field.shape[-1]
-    starts, tiled = (size - (uniform * size).long()).tolist(), field.repeat(1, 1, 2, 2)
-    return torch.cat([tiled[..., i : i + size, j : j + size] for i, j in starts])
-
-
-def local_power(x: Tensor) -> Tensor:
-    """Mean square of the fine scale around each pixel of x (N, 1, S, S), over 9x9 pixels."""
-    return F.avg_pool2d(fine_scale(x).square(), 9, stride=1, padding=4, count_include_pad=False)
-
-
-def grain_loss(mean: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
-    """exp(logvar) - lacking * logvar, averaged over pixels: the loss of the grain's log-variance.
-
-    mean, logvar, x: (N, 1, S, S). `lacking` is the fine-scale power that x has and the mean has
-    not. The derivative by logvar is exp(logvar) - lacking, as in Poisson regression. So at the
-    minimum decoded slices have the fine-scale power of real ones. No gradient goes to the mean.
-    """
-    lacking = local_power(x) - local_power(mean.detach())
-    return (torch.exp(logvar.float()) - lacking * logvar.float()).mean()

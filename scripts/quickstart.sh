@@ -22,7 +22,7 @@ step "Data: synthetic CT of $PATIENTS patients"
 step "1/5 The VAE: slices <-> latents"
 "$PYTHON" train_vae.py --csv_file $OUT/data/label.csv --img_dir $OUT/data --save_dir $OUT/vae \
     --image_size $IMAGE_SIZE --latent_size $LATENT_SIZE --base_channels 64 --blocks 1 \
-    --val_fraction 0.2 --perceptual structural --lr 1e-3 \
+    --val_fraction 0.2 --lr 1e-3 \
     --steps 240 --val_interval 120 $RUN_OPTIONS
 
 step "2/5 Encoding the data set"

@@ -427,7 +427,7 @@ def test_resuming_the_vae_decodes_no_file_to_check_it(phantoms, tmp_path, monkey
     monkeypatch.setattr(
         CTDataset, "_size_or_problem", lambda self, row: checked.append(row) or (32, 32)
     )
-    options = vae_options(phantoms, tmp_path / "run", "--perceptual", "none")
+    options = vae_options(phantoms, tmp_path / "run")
     for steps in ("1", "2"):
         train_vae.main(train_vae.parse_args([*options, "--steps", steps]))
     assert sorted(checked) == list(range(24))

@@ -30,16 +30,16 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
-from fibldm import ct, datasets, encoding, losses, reconstruction
+from fibldm import ct, datasets, encoding
 from fibldm.checkpoint import load_model, save
 from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
-from fibldm.losses import structural_loss
 from fibldm.optim import Muon
 from fibldm.run import Run
 from fibldm.tables import Split, read_table
+from fibldm.texture import TextureDecoder
 from fibldm.unet import UNet
-from fibldm.vae import INITIAL_GRAIN, LATENT_SCALE, VAE, grain_loss
+from fibldm.vae import LATENT_SCALE, VAE
 
 pytestmark = pytest.mark.usefixtures("without_weights", "one_thread")
 
@@ -228,82 +228,26 @@ def test_slices_are_moved_in_training(phantoms, tmp_path):
     assert losses["0"] != losses["0.125"] == losses["default"]  # 1 / 8
 
 
-def test_the_perceptual_loss_looks_from_other_offsets_in_each_step(phantoms, tmp_path, monkeypatch):
-    seen, view_at = [], losses.view_at
+def test_each_slice_is_trained_with_noise_and_angle_of_its_own(phantoms, tmp_path, monkeypatch):
+    seen, loss = [], TextureDecoder.loss
 
-    def watched(x, offsets, margin):
-        seen.append((offsets.tolist(), margin))
-        return view_at(x, offsets, margin)
+    def watched(self, known, x, noise, angle):
+        seen.append((x, noise, angle))
+        return loss(self, known, x, noise, angle)
 
-    monkeypatch.setattr(losses, "view_at", watched)
-    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "2"))
-    offsets = [tuple(map(tuple, offsets)) for offsets, _ in seen]
-    assert offsets[0] == offsets[1] != offsets[2] == offsets[3]  # slice and reconstruction alike
-    assert {margin for _, margin in seen} == {3}
-    assert len(set(offsets[0])) == 4
-    run(train_vae, vae_options(phantoms, tmp_path / "other", "--steps", "1", "--seed", "5"))
-    assert offsets[-1] == tuple(map(tuple, seen[-1][0]))  # those of validation are always the same
-
-
-def test_a_slice_its_view_and_its_grain_are_moved_independently(phantoms, tmp_path, monkeypatch):
-    """Each by numbers of its own: a view that goes with the slice would undo a part of its move."""
-    seen = {}
-    for module, name in (datasets, "shift_slices"), (losses, "view_at"), (train_vae, "moved"):
-        real = getattr(module, name)
-
-        def watched(x, uniform, *rest, name=name, function=real):
-            seen.setdefault(name, uniform.tolist())  # of the first step
-            return function(x, uniform, *rest)
-
-        monkeypatch.setattr(module, name, watched)
-    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "1"))
-    numbers = [number for uniform in seen.values() for pair in uniform for number in pair]
-    assert len(numbers) == len(set(numbers)) == 3 * 4 * 2
-
-
-def test_each_slice_is_trained_with_a_grain_of_its_own(phantoms, tmp_path, monkeypatch):
-    seen, moved = [], train_vae.moved
-
-    def watched(field, uniform):
-        seen.append(moved(field, uniform))
-        return seen[-1]
-
-    monkeypatch.setattr(train_vae, "moved", watched)
-    run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "2"))
-    assert len({x.numpy().tobytes() for step in seen for x in step}) == 8  # 2 steps of 4
-
-
-def test_the_perceptual_loss_sees_the_grain_and_cannot_change_its_strength(
-    phantoms, tmp_path, monkeypatch
-):
-    """It compares what is decoded with the slice; the grain's own loss teaches its strength."""
-    seen = []
-
-    def watched_perceptual(recon, x):
-        seen.append((recon, x))
-        return structural_loss(recon, x)
-
-    def watched_grain(mean, logvar, x):
-        recon, compared = seen[-1]
-        assert compared is x
-        added = (recon - mean) / torch.exp(0.5 * logvar)
-        assert float(added.detach().std()) == pytest.approx(1.0, abs=0.1)
-        assert torch.autograd.grad(recon.sum(), logvar, retain_graph=True, allow_unused=True) == (
-            None,
-        )
-        return grain_loss(mean, logvar, x)
-
-    monkeypatch.setattr(train_vae, "structural_loss", watched_perceptual)
-    monkeypatch.setattr(train_vae, "grain_loss", watched_grain)
-    monkeypatch.setattr(losses, "view_at", lambda x, offsets, margin: x)
-    more = ("--steps", "2", "--perceptual", "structural")
+    monkeypatch.setattr(TextureDecoder, "loss", watched)
+    more = ("--steps", "2", "--val_interval", "2", "--no_preflight")
     run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
-    assert len(seen) == 3  # two steps, one validation
-    vae, _ = load_model(tmp_path / "run" / "vae_best.pth", VAE)
-    assert float(vae.decoder.logvar[2].bias) != INITIAL_GRAIN
+    trained, validated = seen[:2], seen[2:]
+    for column in 1, 2:
+        values = {one[column][i].numpy().tobytes() for one in trained for i in range(4)}
+        assert len(values) == 8  # 2 steps of 4
+    run(train_vae, vae_options(phantoms, tmp_path / "other", *more, "--seed", "5"))
+    for one, other in zip(validated, seen[-len(validated) :], strict=True):
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
-def grain_drawn_from(monkeypatch, script, arguments) -> torch.Tensor:
+def noise_drawn_from(monkeypatch, script, arguments) -> torch.Tensor:
     """The noise that the VAE decodes with, one for each slice, (N, 1, S, S)."""
     seen, decode = [], VAE.decode
 
@@ -317,16 +261,16 @@ def grain_drawn_from(monkeypatch, script, arguments) -> torch.Tensor:
     return torch.cat(seen)
 
 
-def test_each_sample_has_a_grain_of_its_own(stages, phantoms, tmp_path, monkeypatch):
+def test_each_sample_has_texture_of_its_own(stages, phantoms, tmp_path, monkeypatch):
     def drawn(name, *more):
         more = ("--latent_data_dir", str(stages / "latents"), "--num_samples", "3", *more)
-        return grain_drawn_from(monkeypatch, sample, sample_options(stages, tmp_path / name, *more))
+        return noise_drawn_from(monkeypatch, sample, sample_options(stages, tmp_path / name, *more))
 
     together, alone, other = drawn("a"), drawn("b", "--batch_size", "1"), drawn("c", "--seed", "1")
     assert torch.equal(together, alone) and not torch.equal(together, other)
     assert len({float(noise.sum()) for noise in together}) == 3
     validated = unet_options(stages, tmp_path / "unet", "--steps", "1")
-    noise = grain_drawn_from(monkeypatch, train_ldm_unet, validated)
+    noise = noise_drawn_from(monkeypatch, train_ldm_unet, validated)
     assert len({float(one.sum()) for one in noise}) == len(noise) == 4
 
 
@@ -391,34 +335,6 @@ def test_a_unet_can_start_from_another_ones_weights(stages, tmp_path, capsys):
     assert "trained on another table" in out and "latents of another VAE" in out
 
 
-class Smallest(torch.nn.Module):
-    """A distance that refuses small images, as LPIPS does."""
-
-    def forward(self, x, y):
-        assert min(x.shape[2:]) >= 32
-        return (x - y).square().mean(dim=(1, 2, 3))
-
-
-def test_weights_that_come_later_do_not_change_a_runs_loss(phantoms, tmp_path, monkeypatch):
-    """What "auto" is at the start of a run it stays, so that the same command goes on."""
-    run(train_vae, vae_options(phantoms, tmp_path, "--steps", "1"))
-    monkeypatch.setattr(reconstruction, "missing_weights", lambda names: {})
-    monkeypatch.setattr(reconstruction, "load_lpips", lambda device: None)
-    run(train_vae, vae_options(phantoms, tmp_path, "--steps", "2"))
-    assert json.loads((tmp_path / "args.json").read_text())["perceptual"] == "structural"
-    assert train_vae.choose_perceptual("auto", torch.device("cpu"))[0] == "lpips"
-
-
-@pytest.mark.parametrize("perceptual", ["lpips", "structural"])
-def test_small_slices_train_with_a_perceptual_loss(perceptual, phantoms, tmp_path, monkeypatch):
-    if perceptual == "lpips":
-        monkeypatch.setattr(reconstruction, "missing_weights", lambda names: {})
-        monkeypatch.setattr(reconstruction, "load_lpips", lambda device: Smallest())
-    size = {"lpips": "32", "structural": "12"}[perceptual]
-    more = ("--steps", "1", "--perceptual", perceptual, "--image_size", size, "--latent_size", "4")
-    run(train_vae, vae_options(phantoms, tmp_path / "run", *more))
-
-
 def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
     run(train_vae, vae_options(phantoms, tmp_path / "run", "--steps", "4"))
     assert "WARNING" not in capsys.readouterr().out
@@ -427,7 +343,7 @@ def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
 def test_validation_logs_what_it_should(stages, without_weights):
     last = read_log(stages / "vae")[-1]
     assert {"val/psnr", "val/mean_psnr", "val/ssim", "val/loss", "val/sharpness"} <= last.keys()
-    assert last["val/mean_psnr"] > last["val/psnr"]  # grain is not the slice's own
+    assert last["val/mean_psnr"] > last["val/psnr"]  # texture is not the slice's own
     assert abs(last["val/brightness"]) < 0.1 and 0.5 < last["val/contrast"] < 1.2
     best = [row for row in read_log(stages / "vae") if "val/latent_mean" in row][-1]
     assert abs(best["val/latent_mean"]) < 1 and 0.2 < best["val/latent_variance"] < 5

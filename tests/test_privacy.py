@@ -43,7 +43,7 @@ def exact_vae(size: int = 32) -> VAE:
         vae.decoder.shortcut[0].weight[:, :, 1, 1] = torch.eye(16)
         for layer in vae.encoder.shortcut, vae.decoder.shortcut[0]:
             layer.bias.zero_()
-        vae.decoder.logvar[2].bias.fill_(-100.0)  # hardly any grain
+        vae.texture.logvar[2].bias.fill_(-100.0)  # hardly any texture
     return vae.eval()
 
 
