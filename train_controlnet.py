@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     for step, micro_batches in run.steps(load, validate):
         for micro, (x0, contour, label, noise, draws) in micro_batches:
             # Timestep and withheld label of each item.
-            t = (draws[:, 0] * scheduler.num_timesteps).long()
+            t = scheduler.training_timesteps(draws[:, 0])
             condition = contour_condition(contour, data.latent_size)
             label = torch.where(draws[:, 1] < args.label_dropout, NO_LABEL, label)
 

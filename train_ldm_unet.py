@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     for step, micro_batches in run.steps(load, validate):
         for micro, (x0, contour, label, noise, draws) in micro_batches:
             # Timestep and withheld conditions of each item.
-            t = (draws[:, 0] * scheduler.num_timesteps).long()
+            t = scheduler.training_timesteps(draws[:, 0])
             given = draws[:, 1] >= args.contour_dropout
             contour = contour_condition(contour, data.latent_size, given)
             label = torch.where(draws[:, 2] < args.label_dropout, NO_LABEL, label)

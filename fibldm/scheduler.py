@@ -43,10 +43,6 @@ class CosineScheduler:
             return self.numbers[t]
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2 of t (N,) -> (N,)."""
-        return (self.alpha[t] / self.sigma[t]) ** 2
-
     def log_snr(self, t: int) -> float:
         """Half the log of the SNR, log(alpha / sigma): -inf at T - 1, inf at CLEAN."""
         alpha, sigma = self.numbers[t]
@@ -70,6 +66,13 @@ class CosineScheduler:
         """The v that belongs to an estimate of x0; sigma_t must not be 0."""
         alpha, sigma = self.alpha_sigma(t)
         return (alpha * x_t - x0) / sigma
+
+    def training_timesteps(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1), (N,) -> timesteps (N,) to train on, t / T logit-normal.
+
+        The middle of the schedule comes most often (Esser et al. 2024, arXiv 2403.03206).
+        """
+        return (torch.special.ndtri(uniform).sigmoid() * self.num_timesteps).long()
 
     def timesteps(self, steps: int, spacing: str = "logsnr") -> list[int]:
         """Descending timesteps of a sampler, T - 1 first; `steps` of them, all different.
@@ -102,18 +105,11 @@ class CosineScheduler:
 
 
 def diffusion_loss(
-    denoiser: Denoiser,
-    scheduler: CosineScheduler,
-    x0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    gamma: float = 5.0,
+    denoiser: Denoiser, scheduler: CosineScheduler, x0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
-    """Min-SNR-weighted error of v (arXiv 2303.09556, weight for v: min(SNR, gamma) / (SNR + 1)).
+    """Mean squared error of v. What a timestep counts is how often `training_timesteps` draws it.
 
     x0 and noise (N, C, h, w), t (N,) -> loss of each item (N,), fp32; 0 for an exact denoiser.
     """
     v = denoiser(scheduler.add_noise(x0, noise, t), t)
-    error = (v.float() - scheduler.velocity(x0, noise, t)).square().mean(dim=(1, 2, 3))
-    snr = scheduler.snr(t)
-    return error * snr.clamp(max=gamma) / (snr + 1)
+    return (v.float() - scheduler.velocity(x0, noise, t)).square().mean(dim=(1, 2, 3))

@@ -22,7 +22,7 @@ from fibldm.run import Run
 from fibldm.scheduler import diffusion_loss
 from fibldm.synthesis import Models, Synthesizer
 
-NOISE_LEVELS = 8  # the validation loss is the mean over this many timesteps, evenly spaced
+NOISE_LEVELS = 8  # timesteps of the validation loss, for equal shares of those of training
 GRID = 16  # samples in the picture
 TRAINING_ROWS = 65_536  # at most in which copies are looked for: half a GiB to read each time
 REAL_SLICES = 2048  # held-out slices at most, evenly spaced, that samples are compared with
@@ -127,8 +127,8 @@ class Validation:
         Deterministic for the same weights. `contour_gap` is what the loss alone hides: by how much
         it rises, as a share, where each slice is given the contour of another.
         """
-        last = self.synthesizer.scheduler.num_timesteps - 1
-        levels = [round((i + 0.5) / NOISE_LEVELS * last) for i in range(NOISE_LEVELS)]
+        middles = (torch.arange(NOISE_LEVELS) + 0.5) / NOISE_LEVELS
+        levels = self.synthesizer.scheduler.training_timesteps(middles).tolist()
         totals, models = torch.zeros(2, NOISE_LEVELS).double(), self.synthesizer.frozen_models()
         for places in chunks(own, BATCH):
             distributed.alive()

@@ -55,7 +55,7 @@ def test_high_attenuation_area_rises_with_the_label_asked_for():
     for step in range(1, STEPS + 1):
         draws = item_uniform(0, "draws", step, range(BATCH), 3)
         rows = (draws[:, 0] * len(latents)).long()
-        t = (draws[:, 1] * scheduler.num_timesteps).long()
+        t = scheduler.training_timesteps(draws[:, 1])
         label = torch.where(draws[:, 2] < 0.1, NO_LABEL, labels[rows])
         noise = item_noise(0, "unet", step, range(BATCH), latents.shape[1:])
         condition = contour_condition(contours[rows], LATENT)

@@ -118,6 +118,17 @@ def test_the_gap_tells_a_model_that_looks_at_contours_from_one_that_does_not(
     assert exact["loss"] < 1e-6 and exact["contour_gap"] > 1e3
 
 
+def test_the_loss_is_of_timesteps_for_equal_shares_of_those_of_training(validate):
+    measured = validate()
+    found = measured.loss(measured.own)
+    levels = [int(name.removeprefix("loss_t")) for name in found if name.startswith("loss_t")]
+    assert found["loss"] == pytest.approx(np.mean([found[f"loss_t{t}"] for t in levels]))
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn = SCHEDULER.training_timesteps(uniform)
+    below = [float((drawn < level).double().mean()) for level in levels]
+    np.testing.assert_allclose(below, (np.arange(8) + 0.5) / 8, atol=0.015)
+
+
 def test_samples_are_those_of_the_synthesizer_with_guidance(data, validate):
     """Sample i of validation is sample i of the library, for the same contours and seed."""
     measured, pictures = validate(), []
