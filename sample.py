@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampler", choices=SAMPLERS, default=Sampling.sampler, help="ddpm is random")
     add("--steps", type=cli.positive, default=Sampling.steps, help="evaluations of the denoiser")
     add("--guidance_scale", type=cli.finite, default=Sampling.guidance_scale,
-        help="1: no guidance; more: closer to contour and label, less varied")
+        help="1: no guidance; more: more of the label, disease less varied")
     add("--batch_size", type=cli.positive, default=16, help="samples at once, over all processes")
     rare("--spacing", choices=SPACINGS, default=Sampling.spacing, help="of the timesteps")
     rare("--guidance_interval", type=cli.fraction, nargs=2, metavar=("LOW", "HIGH"),

@@ -5,11 +5,13 @@ with the same noise. The peers are trained and sampled as their own tutorials do
 their linear schedule, their DDIM. Training time is counted on a CPU as core-minutes of the process,
 so that other load on the machine does not count. `speed` measures in turn in one run; `train`
 trains arms, one after another; `sample` draws from what is trained and measures the samples against
-held-out patients; `control` asks for contours that no patient has; `load` times the latent data
+held-out patients; `samplers` compares samplers, steps and guidance of what train_ldm_unet.py made;
+`control` asks for contours that no patient has; `load` times the latent data
 set. Pictures of patients go into --out alone: they must not be published.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,16 +34,20 @@ from vae import MODELS, clock, peak_memory
 from fibldm.batches import Batches, Plan, item_noise
 from fibldm.checkpoint import load_model, save, save_model
 from fibldm.controlnet import ControlNet, make_denoiser
+from fibldm.ct import unit_to_hu
 from fibldm.datasets import CTDataset, chunks
+from fibldm.disease import high_attenuation
 from fibldm.disk import replace_text
 from fibldm.encoding import LatentDataset, training_batches, write_latents
 from fibldm.features import inception_features, load_inception
-from fibldm.metrics import set_score
+from fibldm.lungs import lung_mask
+from fibldm.metrics import set_distances, set_score
 from fibldm.optim import EMA, Precision
 from fibldm.panels import write_samples
 from fibldm.privacy import read_privacy
 from fibldm.samplers import SAMPLERS, guide
 from fibldm.scheduler import SPACINGS, CosineScheduler, Denoiser, diffusion_loss
+from fibldm.synthesis import Synthesizer
 from fibldm.tables import Split, read_table
 from fibldm.unet import UNet, contour_condition
 from fibldm.vae import LATENT_SCALE, VAE
@@ -150,7 +156,7 @@ ARMS = ("ours", "diffusers", "monai", "ours_eps", "no_contour", "one_view", "dro
 CONTROL_ARMS = {"control_both": "ours", "control_alone": "no_contour"}  # of which U-Net
 
 
-WHAT = ("speed", "train", "sample", "control", "load", "encode", "table")
+WHAT = ("speed", "train", "sample", "samplers", "control", "load", "encode", "table")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -189,8 +195,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--spacing", choices=SPACINGS, default="logsnr")
     sampling.add_argument("--guidance", type=float, default=1.0)
     sampling.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0))
+    many = parser.add_argument_group("samplers")
+    many.add_argument("--unets", type=Path, nargs="+", help="one unet_best.pth a seed")
+    many.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    many.add_argument("--counts", type=int, nargs="+", default=[10, 20], help="of steps")
+    many.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0], help="of guidance")
     args = parser.parse_args(argv)
-    if args.what in ("train", "sample", "control", "load") and not (args.latents and args.vae):
+    if args.what == "samplers" and not args.unets:
+        parser.error("samplers: give --unets FILE ...")
+    needy = ("train", "sample", "samplers", "control", "load")
+    if args.what in needy and not (args.latents and args.vae):
         parser.error(f"{args.what}: give --latents FOLDER and --vae FILE")
     if args.what == "encode" and not args.vae:
         parser.error("encode: give --vae FILE")
@@ -463,7 +477,9 @@ def train_arm(arm: str, args: argparse.Namespace) -> None:
         step += 1
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / WARMUP)
-        t = (draws[:, 0] * scheduler.num_timesteps).long()
+        t = scheduler.training_timesteps(draws[:, 0])
+        if arm in PEERS:
+            t = (draws[:, 0] * scheduler.num_timesteps).long()
         keep = draws[:, 1] >= (0 if frozen is not None else WITHHELD)
         with precision.autocast():
             loss = loss_of(model, x0, contour, t, noise, keep).mean()
@@ -556,7 +572,7 @@ def denoisers(arm: str, args: argparse.Namespace) -> Callable[[Tensor], Callable
         def draw(x: Tensor) -> Tensor:
             return SAMPLERS[args.sampler](
                 guided, scheduler, x, timesteps,
-                lambda k: item_noise(args.seed, "ddpm", k, range(len(x)), shape).to(device),
+                lambda k: item_noise(args.seed, "step", k, range(len(x)), shape).to(device),
             )  # fmt: skip
 
         return draw
@@ -659,6 +675,61 @@ def sample_line(row: dict) -> str:
         f"{latent[0]:.2f} | {row['dice']:.3f} | {row['brightness']:.3f} | "
         f"{row.get('copies', np.nan):.1%} |"
     )
+
+
+# Samplers.
+
+
+def measure_samplers(args: argparse.Namespace) -> None:
+    """Of each sampler, count of steps and guidance: mean over the U-Nets (lowest to highest).
+
+    Samples are drawn for held-out contours, with their labels, as sample.py does, and compared
+    with held-out slices decoded from their latents: what a U-Net that errs in nothing would give.
+    """
+    device, data = torch.device(args.device), LatentDataset(args.latents)
+    held = data.indices("val")
+    contours = np.repeat(data.contours[held], args.per_contour, axis=0)
+    labels = np.repeat(data.table["label"].iloc[held].to_numpy(), args.per_contour).tolist()
+    models = [
+        Synthesizer.from_checkpoints(args.vae, unet, None, device, args.precision)
+        for unet in args.unets
+    ]
+    inception = load_inception(device)
+    if inception is None:
+        raise ValueError("no Inception weights: run scripts/fetch_metric_weights.py")
+
+    def look(slices: np.ndarray, asked: np.ndarray) -> tuple[Tensor, float, np.ndarray]:
+        """Features, mean Dice, and high attenuation of each slice."""
+        hu = unit_to_hu(slices, data.window)
+        shares = np.array([high_attenuation(one, lung_mask(one)) for one in hu])
+        seen = inception_features(inception, torch.from_numpy(slices)[:, None], device)
+        return seen, float(dice(slices, asked, data.window).mean()), shares
+
+    decoded = models[0].decode(data.latents[held], args.seed, range(len(held)))
+    real, agreement, shares = look(decoded, data.contours[held])
+    cells = f"{agreement:.3f} | {np.nanmean(shares):.3f} | {np.nanstd(shares):.3f}"
+    print(SAMPLERS_HEADER, f"| held-out slices | | | 0 | {cells} |", sep="\n", flush=True)
+    for name, steps, scale in itertools.product(args.samplers, args.counts, args.scales):
+        found = []
+        for model in models:
+            samples = model.sample(
+                contours, labels, seed=args.seed, sampler=name, steps=steps, guidance_scale=scale,
+                batch_size=32,
+            )  # fmt: skip
+            slices = np.stack([sample.image for sample in samples])
+            seen, agreement, shares = look(slices, contours)
+            kid = set_distances(real, seen, device)["kid"]
+            found.append((kid, agreement, np.nanmean(shares), np.nanstd(shares)))
+        cells = [
+            f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            for values in zip(*found, strict=True)
+        ]
+        print(f"| {name} | {steps} | {scale:g} | {' | '.join(cells)} |", flush=True)
+
+
+SAMPLERS_HEADER = (
+    "| sampler | steps | guidance | KID | Dice | high attenuation: mean | SD |\n" + "|---" * 7 + "|"
+)
 
 
 # Contours that no patient has.
@@ -807,6 +878,7 @@ def main(args: argparse.Namespace) -> None:
     {
         "speed": measure_speed,
         "sample": measure_samples,
+        "samplers": measure_samplers,
         "control": measure_control,
         "load": measure_loading,
         "encode": measure_encoding,

@@ -85,10 +85,10 @@ class Sample:
 class Sampling:
     """How samples are drawn: see `Synthesizer.sample`."""
 
-    sampler: str = "dpmpp_2m"
+    sampler: str = "ddpm"
     steps: int = 20
     spacing: str = "logsnr"
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.0
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
 
@@ -220,8 +220,9 @@ class Synthesizer:
         training patient is drawn again with another seed, and left out, with a warning, where it is
         still a copy after ATTEMPTS draws. copies: give the copies too; `copy_of` names the patient.
 
-        sampler: "dpmpp_2m", "ddim" or "ddpm" (random); steps: evaluations of the denoiser; spacing:
-        of the timesteps; guidance_scale 1: none, higher: closer to contour and label, less varied;
+        sampler: "ddpm" is random, "dpmpp_2m" and "ddim" follow from the first noise; steps:
+        evaluations of the denoiser; spacing: of the timesteps; guidance_scale 1: none, higher: more
+        of contour and label, disease less varied;
         guidance_interval: noise levels t / T at which it acts; guidance_rescale: 0 to 1, towards
         the unguided contrast. Raises ValueError, before anything is drawn, for what the models
         cannot give.
@@ -316,7 +317,7 @@ class Synthesizer:
                 self.scheduler, how.guidance_scale, how.guidance_interval, how.guidance_rescale,
             )  # fmt: skip
             z = SAMPLERS[how.sampler](
-                denoiser, self.scheduler, noise("sample", 0), timesteps, lambda k: noise("ddpm", k)
+                denoiser, self.scheduler, noise("sample", 0), timesteps, lambda k: noise("step", k)
             )
         return z.float().cpu().numpy()
 

@@ -12,9 +12,9 @@ SPLIT=test                                 # contours of which patients: test to
 OUTPUT_DIR=./samples                       # gets the slices, samples.csv and grid.png
 
 NUM_SAMPLES=16                # contours are used in turn
-SAMPLER=dpmpp_2m              # dpmpp_2m, ddim, ddpm
+SAMPLER=ddpm                  # ddpm: random; dpmpp_2m, ddim: no noise on the way
 STEPS=20                      # evaluations of the denoiser
-GUIDANCE_SCALE=2              # 1: none; higher: closer to contour and label, less varied
+GUIDANCE_SCALE=1              # 1: none; higher: more of the label, disease less varied
 FORMAT=png                    # png (16-bit), npy, nifti, dicom: all hold HU
 SEED=0                        # sample i depends on the seed and i alone
 DROP_COPIES=                  # latent data set (as LATENT_DATA_DIR): copies of its training slices

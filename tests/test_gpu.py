@@ -11,6 +11,7 @@ import sample
 import train_controlnet
 import train_ldm_unet
 import train_vae
+from fibldm.samplers import SAMPLERS
 from fibldm.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("without_weights")
@@ -77,7 +78,7 @@ def test_a_step_of_training_waits_once_for_its_flags(stage, name, precision):
     assert waits.total() == 1
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_step_of_sampling_does_not_wait_and_denoises_once(stage, stages, sampler, monkeypatch):
     calls, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda *args: calls.append(1) or forward(*args))

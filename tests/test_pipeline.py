@@ -36,6 +36,7 @@ from fibldm.disk import file_hash
 from fibldm.encoding import LatentDataset
 from fibldm.optim import Muon
 from fibldm.run import Run
+from fibldm.samplers import SAMPLERS
 from fibldm.tables import Split, read_table
 from fibldm.texture import TextureDecoder
 from fibldm.unet import UNet
@@ -815,10 +816,10 @@ def test_sample_i_depends_on_the_seed_and_i_alone(stages, tmp_path):
         "few": ["--num_samples", "2", "--batch_size", "1"],
         "other": ["--num_samples", "2", "--seed", "1"],
     }.items():
-        for sampler in "dpmpp_2m", "ddim", "ddpm":
+        for sampler in SAMPLERS:
             folder = tmp_path / name / sampler
             run(sample, sample_options(stages, folder, *wanted, *more, "--sampler", sampler))
-    for sampler in "dpmpp_2m", "ddim", "ddpm":
+    for sampler in SAMPLERS:
         first = [
             np.load(tmp_path / n / sampler / "sample_00001.npy") for n in ("all", "few", "other")
         ]
