@@ -35,27 +35,26 @@ from fibldm.vae import VAE, clipped
 
 CPU = torch.device("cpu")
 BATCH, LR, SEED = 4, 1e-3, 0
+STD = 0.12  # of the residual, where it is taken to be the same everywhere
 FOLDS, LOOKS, CROP = 5, 150, 128  # of the classifier: folds by patient, steps, pixels
 
 
 class Straight(TextureDecoder):
     """Rectified flow (arXiv 2209.03003): a straight path, one strength everywhere."""
 
-    std = 0.12
-
     def strength(self, features: Tensor) -> Tensor:
         side = self.patch * features.shape[2]
-        return features.new_full((len(features), 1, side, side), 2 * math.log(self.std)).float()
+        return features.new_full((len(features), 1, side, side), 2 * math.log(STD)).float()
 
     def sample(self, known: Likelihood, noise: Tensor, steps: int = 2) -> Tensor:
         u, logvar = noise, self.strength(known.features)
         for k in range(steps, 0, -1):
             angle = u.new_full((len(u),), k / steps * math.pi / 2)
             u = u - self(u, angle, known, logvar) / steps
-        return known.mean + self.std * u
+        return known.mean + STD * u
 
     def loss(self, known: Likelihood, x: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
-        r, t = (x - known.mean) / self.std, (angle / (math.pi / 2))[:, None, None, None]
+        r, t = (x - known.mean) / STD, (angle / (math.pi / 2))[:, None, None, None]
         v = self((1 - t) * r + t * noise, angle, known, self.strength(known.features))
         return (v - (noise - r)).square().mean(dim=(1, 2, 3))
 
@@ -143,8 +142,9 @@ class Held:
         self.patients = np.array([data.rows[row].patient_id for row in rows])
 
 
-def train(arm: str, vae: VAE, x: Tensor, args: argparse.Namespace) -> TextureDecoder:
+def train(arm: str, vae: VAE, data: CTDataset, args: argparse.Namespace) -> TextureDecoder:
     """The averaged weights after --minutes of one core."""
+    x = torch.stack([data[row]["image"] for row in data.indices("train")])
     torch.manual_seed(args.seed)
     texture = ARMS[arm](vae.texture.patch, vae.config["base_channels"])
     ema, optimizer, precision = EMA(texture, 0.999), Muon(texture, LR), Precision("bf16", CPU)
@@ -171,7 +171,7 @@ def train(arm: str, vae: VAE, x: Tensor, args: argparse.Namespace) -> TextureDec
         optimizer.step()
         optimizer.zero_grad()
         ema.update(texture)
-    print(f"{arm}: {step} steps of {BATCH}, loss {float(loss):.3f}", flush=True)
+    print(f"{arm}: {step} steps of {BATCH}", file=sys.stderr)
     return ema.model
 
 
@@ -248,19 +248,15 @@ def main(args: argparse.Namespace) -> None:
     rows, _ = read_table(args.csv_file, args.img_dir, Split())
     data = CTDataset(rows, args.img_dir, Path(args.csv_file).parent, 256)
     held, networks = Held(data), Networks(CPU, {})
-    models = {Path(file).parent.name: load_model(file, VAE)[0] for file in args.files}
-    if args.arms:
-        trained = torch.stack([data[row]["image"] for row in data.indices("train")])
-    for arm in args.arms:
-        vae, _ = load_model(args.vae, VAE)
-        vae.requires_grad_(False)
-        vae.texture = train(arm, vae, trained, args)
-        models[arm] = vae
     head = ["", "steps", "slices", "PSNR", "LPIPS", "KID", "noise power, 8 bands", "HAA (real)"]
     head += ["classifier"] * args.classify + ["decoding, times the mean's"]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     columns = {"slices": grey(held.x[:, 0].numpy())}
-    for name, vae in models.items():
+    for name in [*args.arms, *args.files]:
+        vae, _ = load_model(args.vae if name in args.arms else name, VAE)
+        if name in args.arms:
+            vae.requires_grad_(False)
+            vae.texture = train(name, vae, data, args)
         usual = 0.0
         for steps in (0, *args.steps):
             x, seconds = decoded(vae, held.x, steps)

@@ -107,7 +107,7 @@ class TextureDecoder(nn.Module):
 
         x: slices (N, 1, H, W); noise: standard normal, of this shape. Both errors are those of
         Gaussians. No gradient goes to the mean, nor from the error of v to the strength. Through
-        the features latents learn what texture there is. Measured, it costs the mean nothing.
+        the features latents learn what texture there is.
         """
         known = known._replace(mean=known.mean.detach())
         residual, logvar = (x - known.mean).float(), self.strength(known.features)

@@ -23,7 +23,7 @@ step "1/5 The VAE: slices <-> latents"
 "$PYTHON" train_vae.py --csv_file $OUT/data/label.csv --img_dir $OUT/data --save_dir $OUT/vae \
     --image_size $IMAGE_SIZE --latent_size $LATENT_SIZE --base_channels 64 --blocks 1 \
     --val_fraction 0.2 --lr 1e-3 \
-    --steps 240 --val_interval 120 $RUN_OPTIONS
+    --steps 200 --val_interval 100 $RUN_OPTIONS
 
 step "2/5 Encoding the data set"
 "$PYTHON" encode_dataset.py --csv_file $OUT/data/label.csv --img_dir $OUT/data \
@@ -32,7 +32,7 @@ step "2/5 Encoding the data set"
 step "3/5 The U-Net: denoising latents"
 "$PYTHON" train_ldm_unet.py --latent_data_dir $OUT/latents --vae_checkpoint $OUT/vae/vae_best.pth \
     --save_dir $OUT/unet --channels 64 128 --blocks 1 --lr 1e-3 --batch_size 16 \
-    --steps 340 --val_interval 340 --val_samples 32 $RUN_OPTIONS
+    --steps 1200 --val_interval 1200 --val_samples 32 $RUN_OPTIONS
 
 step "4/5 The ControlNet: steering it by contours"
 "$PYTHON" train_controlnet.py --latent_data_dir $OUT/latents \

@@ -53,7 +53,7 @@ def test_a_shift_in_pixels_is_told_in_its_unit(capsys):
     "words",
     [
         *("--warmup_steps -1", "--patience -1", "--num_workers -1", "--kl_weight -1"),
-        *("--kl_weight nan", "--perceptual_weight inf", "--window nan 400", "--window 400 -1000"),
+        *("--kl_weight nan", "--kl_weight inf", "--window nan 400", "--window 400 -1000"),
         *("--val_fraction 0.6 --test_fraction 0.4", "--seed 1e3", "--split_seed 0.5"),
         *("--balance_labels a=0.5 b=0.6", "--balance_labels fibrosis", "--balance_labels a=1 a=1"),
         *("--lr inf", "--ema_decay 1.1", "--max_shift -0.1", "--time_limit -5"),

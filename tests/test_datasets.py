@@ -255,11 +255,12 @@ def test_slices_to_train_on_come_in_order_with_their_own_numbers(tmp_path, worke
     loaded = training_slices(data, batches, workers, 2, (2, 3, 3), torch.device("cpu"))
     micro_batches = list(batches.all_micro_batches())
     for (step, positions, _), found in zip(micro_batches, loaded, strict=True):
-        uniform = item_uniform(7, "shift", step, positions, 6)
+        uniform = item_uniform(7, "shift", step, positions, 3)
         x = torch.stack([data[row]["image"] for row in batches.rows_of(step, positions)])
         expected = (
             shift_slices(x, uniform[:, :2], 2), item_noise(7, "vae", step, positions, (2, 3, 3)),
-            uniform[:, 2:], torch.full((2, 1), -1),
+            item_noise(7, "texture", step, positions, x.shape[1:]), uniform[:, 2],
+            torch.full((2, 1), -1),
         )  # fmt: skip
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(micro_batches) == 4
