@@ -191,9 +191,12 @@ def decoded(vae: VAE, x: Tensor, steps: int) -> tuple[Tensor, float]:
 
 
 def classified(real: Tensor, fake: Tensor, patients: np.ndarray) -> float:
-    """Accuracy of a small network that tells real from fake slices, patients held out in turn."""
+    """Accuracy of a small network that tells real from fake slices, patients held out in turn.
+
+    NaN for fewer than FOLDS patients.
+    """
     names, right = np.unique(patients), []
-    for fold in range(min(FOLDS, len(names))):
+    for fold in range(FOLDS if len(names) >= FOLDS else 0):
         held = np.isin(patients, names[fold::FOLDS])
         torch.manual_seed(fold)
         widths, layers = [16, 24, 32, 48], [nn.PixelUnshuffle(2)]
@@ -213,7 +216,7 @@ def classified(real: Tensor, fake: Tensor, patients: np.ndarray) -> float:
         with torch.no_grad():
             right += [*(network(real[held]) > 0).flatten().tolist()]
             right += [*(network(fake[held]) <= 0).flatten().tolist()]
-    return float(np.mean(right))
+    return float(np.mean(right)) if right else math.nan
 
 
 def measure(held: Held, x: Tensor, label: str, networks: Networks, classify: bool) -> list[str]:
