@@ -219,6 +219,21 @@ def classified(real: Tensor, fake: Tensor, patients: np.ndarray) -> float:
     return float(np.mean(right)) if right else math.nan
 
 
+def grid_power(residual: Tensor) -> float:
+    """Power at the frequencies of the patches' grids over that around them, the largest."""
+    side = residual.shape[-1]
+    power = torch.fft.fft2(residual[:, 0]).abs().square().mean(dim=0)
+    ratios = []
+    for period in (2, 4, 8, 16):
+        lines = torch.arange(0, side, side // period)
+        at = torch.cartesian_prod(lines, lines)
+        at = at[(at != 0).all(dim=1)]  # tables and edges that lie straight are on the axes
+        around = torch.stack([power[(at + torch.tensor(shift)).remainder(side).unbind(1)]
+            for shift in ((3, 3), (3, -3), (-3, 3), (-3, -3))])  # fmt: skip
+        ratios.append(float(power[at.unbind(1)].mean() / around.mean()))
+    return max(ratios)
+
+
 def measure(held: Held, x: Tensor, label: str, networks: Networks, classify: bool) -> list[str]:
     """The cells of a row: of the decoded slices x of one class."""
     own = held.labels == label
@@ -242,7 +257,7 @@ def measure(held: Held, x: Tensor, label: str, networks: Networks, classify: boo
         f"{float(distances.mean()):.3f}",
     ]
     cells += [f"{found['kid']:.3f}", " ".join(f"{p:.2f}" for p in power[0] / power[1])]
-    cells += [f"{attenuation[0]:.3f} ({attenuation[1]:.3f})"]
+    cells += [f"{attenuation[0]:.3f} ({attenuation[1]:.3f})", f"{grid_power(x - real):.1f}"]
     return cells + ([f"{classified(real, x, held.patients[own]):.2f}"] if classify else [])
 
 
@@ -251,7 +266,17 @@ def main(args: argparse.Namespace) -> None:
     rows, _ = read_table(args.csv_file, args.img_dir, Split())
     data = CTDataset(rows, args.img_dir, Path(args.csv_file).parent, 256)
     held, networks = Held(data), Networks(CPU, {})
-    head = ["", "steps", "slices", "PSNR", "LPIPS", "KID", "noise power, 8 bands", "HAA (real)"]
+    head = [
+        "",
+        "steps",
+        "slices",
+        "PSNR",
+        "LPIPS",
+        "KID",
+        "noise power, 8 bands",
+        "HAA (real)",
+        "grid",
+    ]
     head += ["classifier"] * args.classify + ["decoding, times the mean's"]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     columns = {"slices": grey(held.x[:, 0].numpy())}

@@ -5,8 +5,8 @@ error + KL. Ours is trained by Muon, as train_vae.py does, the others by AdamW; 
 plain one by Muon, tells the network's part from the optimizer's. Training time is counted on a CPU
 as core-minutes of the process, so that other load on the machine does not count. `speed` measures
 in turn in one run; `train` trains models, one after another, and goes on where it was stopped;
-`table` prints what was found and draws curves; `measure` prints the same numbers of files that
-train_vae.py wrote. Pictures of patients (panels) go into --out alone: they must not be published.
+`table` prints what was found and draws curves. Pictures of patients (panels) go into --out alone:
+they must not be published. benchmarks/texture.py measures files that train_vae.py wrote.
 """
 
 import argparse
@@ -35,9 +35,7 @@ from fibldm import checkpoint
 from fibldm.batches import Batches, Plan, item_noise, item_uniform
 from fibldm.ct import (
     DEFAULT_WINDOW,
-    fit_square,
     hu_to_unit,
-    read_hu,
     unit_to_hu,
 )
 from fibldm.datasets import CTDataset, shift_slices
@@ -45,12 +43,11 @@ from fibldm.disease import noise_power
 from fibldm.disk import replace_text, write_atomically
 from fibldm.features import load_lpips
 from fibldm.layers import ChannelNorm
-from fibldm.lungs import lung_mask
 from fibldm.optim import EMA, Muon, Precision
 from fibldm.panels import grey, write_panel
 from fibldm.phantom import phantom_slice
 from fibldm.tables import Split, read_table, write_csv
-from fibldm.vae import LATENT_SCALE, VAE, Decoder, Encoder, clipped
+from fibldm.vae import VAE, Decoder, Encoder
 
 HERE = Path(__file__).resolve().parent
 SIZE, LATENT, WIDTHS = 256, 16, (64, 128, 128, 256, 256)
@@ -217,12 +214,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "train", "table", "measure"))
+    parser.add_argument("what", choices=("speed", "train", "table"))
     ct = os.environ.get("FIBLDM_CT") or HERE.parents[1] / "shared" / "ct"
     parser.add_argument("--ct", type=Path, default=Path(ct), help="folder of real CT, with lungs/")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; resumed")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *LEVERS])
-    parser.add_argument("--vae", type=Path, nargs="+", default=[], help="files for 'measure'")
     parser.add_argument("--channels", type=int, default=8, help="of the latent")
     parser.add_argument(
         "--minutes", type=float, default=60, help="of training a model: core-minutes on a CPU"
@@ -239,8 +235,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.ct / "lungs" / "label.csv").is_file():
         parser.error(f"--ct {args.ct}: no lungs/label.csv there (or set FIBLDM_CT)")
-    if args.what == "measure" and not args.vae:
-        parser.error("measure: give --vae FILE")
     args.seed = 0
     return args
 
@@ -651,77 +645,6 @@ def rows_table(title: str, rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# Files of train_vae.py.
-
-
-@torch.no_grad()
-def measure_files(args: argparse.Namespace) -> None:
-    """Each VAE on the held-out slices and on real fibrosis, by its mean and as it decodes.
-
-    `latents`: mean and variance, in the worst channel, of held-out latents; `grid`: power of the
-    reconstructions' error on the grids of 2, 4, 8 and 16 pixels beside that next to them, 1 where
-    there is no checkerboard.
-    """
-    device = torch.device(args.device)
-    _, held, lungs = load_slices(args)
-    disease, lpips = fibrosis(args.ct), load_lpips(device)
-    diseased = np.stack([lung_mask(hu) for hu in unit_to_hu(disease[:, 0].numpy())])
-    sets = {"held-out slices": (held, lungs), "fibrosis": (disease, diseased)}
-    tables = {name: {} for name in sets}
-    columns = {"original": grey(disease[:, 0].numpy())}
-    for path in args.vae:
-        vae, _ = checkpoint.load_model(path, VAE)
-        vae.to(device)
-        title = path.parent.name if path.name == "vae_best.pth" else path.stem
-        for name, (x, masks) in sets.items():
-            mean, drawn, latents = through(vae, x, device)
-            tables[name][f"{title}, mean"] = measure(mean, x, masks, lpips)
-            tables[name][f"{title}, drawn"] = measure(drawn, x, masks, lpips)
-            if name == "fibrosis":
-                columns[title] = grey(drawn[:, 0].numpy())
-                continue
-            channels = (latents * LATENT_SCALE).transpose(0, 1).flatten(1)
-            center, spread = channels.mean(1), channels.var(1)
-            print(
-                f"{title}: latents: mean {center[center.abs().argmax()]:.3f}, "
-                f"variance {spread[(spread - 1).abs().argmax()]:.3f}; "
-                f"grid {grid_power(mean - x):.2f}"
-            )
-    print(*(rows_table(name, rows) for name, rows in tables.items()), sep="\n\n")
-    write_panel(args.out / "fibrosis.png", columns, per_line=1)
-
-
-def through(vae: VAE, x: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, 1, S, S) -> the mean of its reconstruction, that with texture, and its latents."""
-    parts = []
-    for part in x.split(8):
-        z = vae.encode(part.to(device)).mean
-        parts.append((clipped(vae.likelihood(z).mean).cpu(), clipped(vae.decode(z)).cpu(), z.cpu()))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def fibrosis(ct: Path) -> Tensor:
-    """The slices of a patient with fibrosis, (N, 1, S, S) in [-1, 1]."""
-    slices = [read_hu(file) for file in sorted((ct / "ipf_dicom").glob("*.dcm"))]
-    return torch.from_numpy(
-        np.stack([hu_to_unit(fit_square(hu, SIZE, -1000.0), DEFAULT_WINDOW) for hu in slices])
-    )[:, None]
-
-
-def grid_power(residual: Tensor) -> float:
-    """Power at the frequencies of the patches' grids over that around them, the largest."""
-    power = torch.fft.fft2(residual[:, 0]).abs().square().mean(dim=0)
-    ratios = []
-    for period in (2, 4, 8, 16):
-        lines = torch.arange(0, SIZE, SIZE // period)
-        at = torch.cartesian_prod(lines, lines)
-        at = at[(at != 0).all(dim=1)]  # tables and edges that lie straight are on the axes
-        around = torch.stack([power[(at + torch.tensor(shift)).remainder(SIZE).unbind(1)]
-            for shift in ((3, 3), (3, -3), (-3, 3), (-3, -3))])  # fmt: skip
-        ratios.append(float(power[at.unbind(1)].mean() / around.mean()))
-    return max(ratios)
-
-
 def draw_curves(runs: dict[str, list[dict]], path: Path) -> None:
     """PSNR, lungs' LPIPS and noise power over minutes and over images."""
     import matplotlib
@@ -783,7 +706,7 @@ def main(args: argparse.Namespace) -> None:
         for name in args.models:
             train_model(name, args)
         return None
-    return measure_files(args) if args.what == "measure" else print_table(args)
+    return print_table(args)
 
 
 if __name__ == "__main__":

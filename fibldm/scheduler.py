@@ -72,7 +72,7 @@ class CosineScheduler:
 
         The middle of the schedule comes most often (Esser et al. 2024, arXiv 2403.03206).
         """
-        return (torch.special.ndtri(uniform).sigmoid() * self.num_timesteps).long()
+        return (logit_normal(uniform) * self.num_timesteps).long()
 
     def timesteps(self, steps: int, spacing: str = "logsnr") -> list[int]:
         """Descending timesteps of a sampler, T - 1 first; `steps` of them, all different.
@@ -102,6 +102,11 @@ class CosineScheduler:
             remaining = steps - 2 - i  # leave room: timesteps are whole numbers
             chosen.append(max(min(nearest, chosen[-1] - 1), remaining))
         return chosen
+
+
+def logit_normal(uniform: Tensor) -> Tensor:
+    """Numbers in [0, 1), most of them in the middle, of uniform ones: sigmoids of normal ones."""
+    return torch.special.ndtri(uniform).sigmoid()
 
 
 def diffusion_loss(

@@ -25,6 +25,7 @@ from fibldm.layers import (
     timestep_embedding,
     zero_init,
 )
+from fibldm.scheduler import logit_normal
 
 STEPS = 2  # of sampling; more change little, and each takes most of the time of the decoder
 LOGVAR_RANGE = (-16.0, 1.0)  # of the residual: 0.2 to 1,150 HU in the default window
@@ -123,5 +124,4 @@ class TextureDecoder(nn.Module):
 
 def random_angles(uniform: Tensor) -> Tensor:
     """Angles to train at, 0 to pi / 2, logit-normal (arXiv 2403.03206), of uniform numbers (N,)."""
-    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
-    return torch.sigmoid(normal) * (math.pi / 2)
+    return logit_normal(uniform) * (math.pi / 2)

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "controlnet": {"layers", "unet", "scheduler"},
     "samplers": {"scheduler"},
     "optim": set(),
-    "texture": {"layers"},
+    "texture": {"layers", "scheduler"},
     "distributed": set(),
     "disk": set(),
     "checkpoint": {"disk", "limits"},

@@ -52,3 +52,12 @@ def test_the_classifier_tells_noise_from_flat_slices_and_not_noise_from_noise(mo
     assert benchmark.classified(noise, torch.zeros_like(noise), patients) > 0.9
     assert 0.2 < benchmark.classified(noise, other, patients) < 0.8
     assert math.isnan(benchmark.classified(noise, other, np.array(["a"] * 10)))
+
+
+@pytest.mark.parametrize("period", [2, 4, 8, 16])
+def test_a_pattern_on_the_grid_of_the_patches_is_seen_and_noise_is_none(period):
+    noise = torch.randn(8, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    assert benchmark.grid_power(noise) < 1.5
+    pattern = torch.zeros(256, 256)
+    pattern[::period, ::period] = 0.02 * period**2
+    assert benchmark.grid_power(noise + pattern) > 3

@@ -41,15 +41,6 @@ def test_blur_and_brightness_are_measured_as_what_they_are():
     assert brighter["gradient"] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("period", [2, 4, 8, 16])
-def test_a_pattern_on_the_grid_of_the_patches_is_seen_and_noise_is_none(period):
-    noise = torch.randn(8, 1, 256, 256, generator=torch.Generator().manual_seed(0))
-    assert vae_benchmark.grid_power(noise) < 1.5
-    pattern = torch.zeros(256, 256)
-    pattern[::period, ::period] = 0.02 * period**2
-    assert vae_benchmark.grid_power(noise + pattern) > 3
-
-
 def test_the_haar_transform_is_orthonormal_and_taken_back():
     model = vae_benchmark.Haar(8)
     there, back = model.vae.encoder.network[0][1], model.vae.decoder.mean[1][0]
