@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fibldm.synthesis import Sampling
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 CODE = sorted(
@@ -188,6 +190,15 @@ def test_launchers_commands_parse(page, words, tmp_path):
     assert done.returncode == 0, done.stderr
     script, *options = done.stdout.splitlines()
     parse(script, options)
+
+
+def test_the_defaults_of_sampling_are_those_that_the_page_and_the_launcher_say():
+    page, launcher = (ROOT / f for f in ("docs/sampling.md", "scripts/sample.sh"))
+    default = Sampling()
+    assert f"`--sampler {default.sampler}`, the default" in page.read_text()
+    assert f"{default.guidance_scale:g}, the default" in page.read_text()
+    assert f"\nSAMPLER={default.sampler} " in launcher.read_text()
+    assert f"\nGUIDANCE_SCALE={default.guidance_scale:g} " in launcher.read_text()
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():

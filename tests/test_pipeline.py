@@ -40,7 +40,7 @@ from fibldm.samplers import SAMPLERS
 from fibldm.tables import Split, read_table
 from fibldm.texture import TextureDecoder
 from fibldm.unet import UNet
-from fibldm.vae import LATENT_SCALE, VAE
+from fibldm.vae import LATENT_SCALE, TEXTURE_WEIGHT, VAE
 
 pytestmark = pytest.mark.usefixtures("without_weights", "one_thread")
 
@@ -334,6 +334,25 @@ def test_a_unet_can_start_from_another_ones_weights(stages, tmp_path, capsys):
     run(train_ldm_unet, unet_options(stages, tmp_path / "new", *more))
     out = capsys.readouterr().out
     assert "trained on another table" in out and "latents of another VAE" in out
+
+
+def test_the_vae_is_trained_and_chosen_by_its_mean_and_its_texture(phantoms, tmp_path):
+    options = vae_options(phantoms, tmp_path, "--steps", "2", "--val_interval", "2")
+    run(train_vae, [*options, "--kl_weight", "0", "--log_interval", "2"])
+    row = {name: value for part in read_log(tmp_path) for name, value in part.items()}
+    texture = TEXTURE_WEIGHT * row["train/texture"]
+    assert row["train/loss"] == pytest.approx(row["train/reconstruction"] + texture, rel=1e-4)
+
+    vae, content = load_model(tmp_path / "vae_best.pth", VAE)
+    rows, _ = read_table(phantoms / "label.csv", phantoms, Split(**content["split"]))
+    data = datasets.CTDataset(rows, phantoms, phantoms, 32)
+    x = torch.stack([data[i]["image"] for i in data.indices("val")])
+    with torch.no_grad():
+        error = float((vae.likelihood(vae.encode(x).mean).mean - x).abs().mean())
+    texture = TEXTURE_WEIGHT * row["val/texture"]
+    assert row["val/loss"] == pytest.approx(error + texture, rel=1e-3)
+    untrained = VAE(**content["config"]).texture.logvar[2].bias
+    assert not torch.equal(vae.texture.logvar[2].bias, untrained)
 
 
 def test_a_healthy_vae_is_not_warned_of(phantoms, tmp_path, capsys):
