@@ -89,6 +89,19 @@ def test_sample_i_follows_from_seed_and_i_alone(model, contours, sampler):
     assert np.abs(whole[3] - whole[0]).max() > 0.01
 
 
+def test_each_step_and_the_texture_have_noise_of_their_own(model, contours, monkeypatch):
+    drawn, item_noise = [], synthesis.item_noise
+
+    def watched(seed, stream, step, items, shape):
+        drawn.append(item_noise(seed, stream, step, items, shape).flatten(1)[:, :48])
+        return item_noise(seed, stream, step, items, shape)
+
+    monkeypatch.setattr(synthesis, "item_noise", watched)
+    list(model.sample(contours, sampler="ddpm", steps=4))
+    assert len(drawn) == 1 + 3 + 1  # the last step adds none
+    assert len({row.numpy().tobytes() for noise in drawn for row in noise}) == 5 * len(contours)
+
+
 def test_contours_of_any_size_style_and_type(model, contours):
     large = contours.repeat(8, axis=2).repeat(8, axis=3)  # (M, 1, 256, 256)
     outlines = np.stack([ct.outline_mask(c) for c in large])

@@ -114,6 +114,21 @@ def test_a_slice_follows_from_its_own_noise_alone():
     assert not torch.equal(together, texture.sample(p, noise.flip(0)))
 
 
+@torch.no_grad()
+def test_v_depends_on_all_that_is_known():
+    texture, p, u = decoder(), known(), normal(3, 1, SIZE, SIZE)
+    texture.output[-1].weight.normal_(0, 0.1)
+    angle, logvar = torch.full((3,), 0.8), texture.strength(p.features)
+    v = texture(u, angle, p, logvar)
+    for other in (
+        texture(u, angle, p, logvar + 1),
+        texture(u, angle + 0.1, p, logvar),
+        texture(u, angle, p._replace(mean=p.mean + 1), logvar),
+        texture(u, angle, p._replace(features=p.features + 1), logvar),
+    ):
+        assert float((v - other).abs().mean()) > 1e-3
+
+
 def test_the_strength_has_a_floor_and_a_ceiling():
     texture = decoder()
     for value, bound in zip((-100.0, 100.0), LOGVAR_RANGE, strict=True):
