@@ -62,7 +62,8 @@ class Heartbeat(threading.Thread):
         frame = sys._current_frames().get(self.main)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if ROOT in path.parents and path.name != "distributed.py":
+            ours = path.parent in (ROOT, ROOT / "fibldm", ROOT / "scripts")  # no .venv in ROOT
+            if ours and path.name != "distributed.py":
                 return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
             frame = frame.f_back
         return "?"
@@ -87,7 +88,10 @@ class Heartbeat(threading.Thread):
                     if before is not None:
                         self.judge(before, self.look())
                     before = self.look()
-                time.sleep(3 * self.pause if before is not None else self.pause)
+                for _ in range(2 if before else 0):  # between two looks each rank beats often
+                    time.sleep(self.pause)
+                    self.beat()
+                time.sleep(self.pause)
         except RuntimeError:  # the store's process is gone, and the group with it
             return
 

@@ -200,3 +200,27 @@ def test_all_at_the_same_place_is_the_network(judge):
 
 def test_only_the_first_verdict_is_heard(judge):
     assert judge(WAITS, (4, 4, 10, 3.0), WAITS, first="2") == ""
+
+
+def test_a_rank_beats_several_times_between_the_two_looks_of_another(monkeypatch):
+    """Both look equally long: a rank that beat only when it looks would seem silent by chance."""
+    now, looks = [0.0], []
+
+    class Waiting(Heartbeat):
+        def beat(self):
+            self.beats += 1
+
+        def look(self):
+            looks.append(self.beats)
+            return {0: State(self.beats, 0, self.idle, "?")}
+
+        def judge(self, before, after):
+            raise RuntimeError
+
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    watch = object.__new__(Waiting)
+    watch.marks, watch.work, watch.idle, watch.beats = 0, 0, 0.0, 0
+    watch.timeout, watch.pause = 12.0, 1.2
+    watch.run()
+    assert len(looks) == 2 and looks[1] - looks[0] >= 3
